@@ -1,0 +1,81 @@
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from vidgpt.config import VidGPTConfig
+from vidgpt.demo import main as demo
+from vidgpt.evaluate import main as evaluate
+from vidgpt.model import VidGPTForCausalLM
+from vidgpt.predict import main as predict
+from vidgpt.schema import register_schemas as register_model_schemas
+from vidgpt.train import main as train_gpt
+from vidtok.config import VidTokConfig
+from vidtok.encode import main as encode
+from vidtok.model import VidTokModel
+from vidtok.reconstruct import main as reconstruct
+from vidtok.schema import config_dir, register_schemas
+from vidtok.train import main as train_tokenizer
+
+CONF = Path(config_dir())
+ENTRIES = (train_tokenizer, encode, reconstruct, train_gpt, predict, evaluate, demo)
+
+
+def presets(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def composed(command: str, *overrides: str) -> dict:
+    register_schemas()
+    register_model_schemas()
+    for entry in ENTRIES:
+        entry.register()
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        values = OmegaConf.to_container(compose(command, overrides=list(overrides)), resolve=False)
+    assert isinstance(values, dict)
+    return values
+
+
+def test_every_command_has_its_configuration() -> None:
+    assert sorted(path.stem for path in CONF.glob("*.yaml")) == sorted(entry.config_name for entry in ENTRIES)
+    assert presets("data") == ["atari", "digits", "files"]
+
+
+@pytest.mark.parametrize("preset", presets("tokenizer"))
+def test_every_tokenizer_preset_builds(preset: str) -> None:
+    values = composed("vidtok_train", "data=digits", f"tokenizer={preset}")["tokenizer"]
+    values["width"] = 8
+    model = VidTokModel(VidTokConfig(**values))
+    assert model.config.codebook_size > 1
+
+
+@pytest.mark.parametrize("preset", presets("model"))
+def test_every_model_preset_builds(preset: str) -> None:
+    values = composed("vidgpt_train", f"model={preset}")["model"]
+    config = VidGPTConfig(**{**values, "num_hidden_layers": 1})
+    assert VidGPTForCausalLM(config).num_parameters() > 0
+    assert "codebook_size" not in values
+
+
+@pytest.mark.parametrize("preset", [*presets("data")])
+def test_every_data_preset_composes_for_every_command_that_reads_data(preset: str) -> None:
+    for command in ("vidtok_train", "vidtok_encode"):
+        assert composed(command, f"data={preset}")["data"]["name"] == preset
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_preset_says_its_purpose_and_cost_and_states_only_what_differs(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ") and lines[0].endswith(".")
+    schema = {"tokenizer": VidTokConfig, "model": VidGPTConfig}.get(path.parent.name)
+    if schema is not None:
+        own = {key: value for key, value in OmegaConf.to_container(OmegaConf.load(path)).items() if key != "defaults"}
+        assert set(own) <= set(schema.__dataclass_fields__)
+
+
+def test_the_demo_hands_its_keys_to_every_stage() -> None:
+    values = OmegaConf.create(composed("vidgpt_demo", "run_dir=somewhere", "seed=3"))
+    assert values.tokenizer_training.run_dir == "somewhere/tokenizer"
+    assert values.gpt_training.tokens == values.encoding.output == values.evaluation.tokens == "somewhere/tokens"
+    assert values.tokenizer_training.seed == values.gpt_training.seed == 3

@@ -1,0 +1,187 @@
+"""Teacher-forced figures against a direct loop, worlds with known answers, and the written files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vidgpt.config import VidGPTConfig
+from vidgpt.evaluation import TokenReport, evaluate_tokens, teacher_forced_scores
+from vidgpt.layout import TokenLayout
+from vidgpt.metrics import TokenCounts
+from vidgpt.model import VidGPTForCausalLM
+
+LAYOUT = TokenLayout(codebook_size=8, height=2, width=3, num_actions=3)
+
+
+class Uniform(nn.Module):
+    """Finds every id equally likely, illegal ones included."""
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, LAYOUT.vocab_size))
+
+
+class Broken(nn.Module):
+    """Gives what a diverged training leaves behind."""
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.full((*input_ids.shape, LAYOUT.vocab_size), math.nan))
+
+
+class Copier(nn.Module):
+    """Is sure that the next token is the one a frame before it, and surer still of an illegal id."""
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        source = input_ids.roll(LAYOUT.tokens_per_frame - 1, dims=1)
+        logits = 50 * nn.functional.one_hot(source, LAYOUT.vocab_size).float()
+        logits[..., LAYOUT.codebook_size] = 100
+        return SimpleNamespace(logits=logits)
+
+
+def clips(seed: int, count: int = 5, frames: int = 4) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "indices": torch.randint(8, (count, frames, 2, 3), generator=generator),
+        "actions": torch.randint(3, (count, frames), generator=generator),
+    }
+
+
+def counts(batch: dict[str, Tensor]) -> TokenCounts:
+    made = TokenCounts(8, (2, 3))
+    made.update(batch["indices"])
+    return made
+
+
+def copy_last(context: Tensor, future: int, actions: Tensor | None) -> Tensor:
+    return context[:, -1:].expand(-1, future, -1, -1)
+
+
+def tiny_model() -> VidGPTForCausalLM:
+    torch.manual_seed(0)
+    config = VidGPTConfig(
+        codebook_size=8,
+        grid_height=2,
+        grid_width=3,
+        num_actions=3,
+        window=4,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    model = VidGPTForCausalLM(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def evaluate(model: nn.Module, batch: dict[str, Tensor], **options: int) -> TokenReport:
+    return evaluate_tokens(model, LAYOUT, [batch], counts(batch), 2, copy_last, **options)
+
+
+def test_teacher_forced_scores_agree_with_growing_the_sequence_one_token_at_a_time() -> None:
+    model, batch = tiny_model(), clips(0, count=2, frames=3)
+    scores = teacher_forced_scores(model, LAYOUT, batch["indices"], batch["actions"])
+    ids = LAYOUT.flatten(batch["indices"], batch["actions"])
+    for clip in range(2):
+        for position in range(LAYOUT.tokens_per_frame, ids.shape[1]):
+            if LAYOUT.is_lead(torch.tensor(position)):
+                continue
+            with torch.no_grad():
+                logits = model(ids[clip : clip + 1, :position]).logits[0, -1, :8].double()
+            t, h, w = (int(x) for x in LAYOUT.coordinates(torch.tensor(position)))
+            target = int(ids[clip, position])
+            assert scores.nats[clip, t - 1, h, w].item() == pytest.approx(-logits.log_softmax(0)[target].item(), abs=1e-4)
+            assert scores.top1[clip, t - 1, h, w].item() == float(logits.argmax() == target)
+
+
+def test_a_uniform_model_costs_ln_of_the_codebook_size_because_illegal_ids_are_no_candidates() -> None:
+    figures = evaluate(Uniform(), clips(1)).metrics()["teacher_forced"]
+    assert figures["model"]["cross_entropy_nats_per_token"] == pytest.approx(math.log(8), rel=1e-6)
+    assert figures["model"]["cross_entropy_bits_per_frame"] == pytest.approx(3 * 6, rel=1e-6)
+    assert figures["uniform"]["cross_entropy_nats_per_token"] == pytest.approx(math.log(8), rel=1e-12)
+
+
+def test_a_copier_scores_exactly_what_the_copy_baseline_does() -> None:
+    figures = evaluate(Copier(), clips(2)).metrics()["teacher_forced"]
+    assert figures["model"]["top1_accuracy_fraction"] == figures["copy_last_frame_smoothed"]["top1_accuracy_fraction"]
+    assert figures["model"]["top1_accuracy_on_changed_tokens_fraction"] == 0
+
+
+def test_in_a_still_world_copying_is_always_right_in_both_regimes() -> None:
+    batch = clips(3)
+    batch["indices"] = batch["indices"][:, :1].expand(-1, 4, -1, -1)
+    figures = evaluate(Copier(), batch).metrics()
+    assert figures["teacher_forced"]["model"]["top1_accuracy_fraction"] == 1
+    assert figures["free_running"]["model"]["top1_accuracy_fraction"] == 1
+    assert figures["free_running"]["model"]["copy_last_given_frame_accuracy_fraction"] == 1
+    assert figures["free_running"]["model"]["changed_tokens_generated_fraction"] == 0
+
+
+def test_generating_the_truth_is_accuracy_one_at_every_horizon_and_gets_context_future_and_actions() -> None:
+    batch = clips(4)
+    seen = []
+
+    def oracle(context: Tensor, future: int, actions: Tensor | None) -> Tensor:
+        assert actions is not None
+        seen.append((tuple(context.shape), future, tuple(actions.shape)))
+        match = [int((batch["indices"][:, :2] == row).flatten(1).all(1).nonzero()[0]) for row in context]
+        return batch["indices"][match, 2:]
+
+    report = evaluate_tokens(Uniform(), LAYOUT, [batch], counts(batch), 2, oracle, batch_size=3)
+    assert seen == [((3, 2, 2, 3), 2, (3, 4)), ((2, 2, 2, 3), 2, (2, 4))]
+    assert report.free_running is not None
+    assert [row["top1_accuracy_fraction"] for row in report.free_running.by_frame()] == [1, 1]
+
+
+def test_batch_size_changes_no_figure_and_progress_counts_clips() -> None:
+    model, batch = tiny_model(), clips(5)
+    done: list[int] = []
+    small = evaluate_tokens(model, LAYOUT, [batch], counts(batch), 2, None, batch_size=2, progress=done.append).metrics()
+    large = evaluate_tokens(model, LAYOUT, [batch], counts(batch), 2, None, batch_size=5).metrics()
+    assert done == [2, 4, 5]
+    for name, figures in large["teacher_forced"].items():
+        assert small["teacher_forced"][name] == pytest.approx(figures, rel=1e-5)
+
+
+def test_evaluation_leaves_the_training_mode_as_it_was() -> None:
+    model = tiny_model().train()
+    evaluate(model, clips(6))
+    assert model.training
+
+
+def test_the_files_keep_regimes_apart_and_hold_every_frame_and_place(tmp_path: Path) -> None:
+    batch = clips(7)
+    evaluate(Uniform(), batch).write(tmp_path / "out")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(metrics) == {"clips_count", "teacher_forced", "free_running"}
+    assert metrics["clips_count"] == 5
+    assert not any("cross_entropy" in key for key in metrics["free_running"]["model"])
+    frames = list(csv.DictReader((tmp_path / "out" / "by_frame.csv").open()))
+    forced = [row for row in frames if row["regime"] == "teacher_forced" and row["forecaster"] == "model"]
+    free = [row for row in frames if row["regime"] == "free_running"]
+    assert [row["frame_index"] for row in forced] == ["1", "2", "3"]
+    assert [(row["frame_index"], row["horizon_frames"]) for row in free] == [("2", "1"), ("3", "2")]
+    places = list(csv.DictReader((tmp_path / "out" / "by_position.csv").open()))
+    assert len(places) == 6 * (5 + 1)
+
+
+def test_wrong_input_is_refused_in_one_sentence() -> None:
+    batch = clips(8)
+    with pytest.raises(ValueError, match="no clips"):
+        evaluate_tokens(Uniform(), LAYOUT, [], counts(batch), 2, None)
+    with pytest.raises(ValueError, match="clips of 4 frames; a context of 4"):
+        evaluate_tokens(Uniform(), LAYOUT, [batch], counts(batch), 4, None)
+    with pytest.raises(ValueError, match="no numbers"):
+        evaluate(Broken(), batch)
+    with pytest.raises(ValueError, match="context 0"):
+        evaluate_tokens(Uniform(), LAYOUT, [batch], counts(batch), 0, None)
+    with pytest.raises(ValueError, match=r"shape \(4, 4, 2, 3\); the future is \(4, 2, 2, 3\)"):
+        evaluate_tokens(Uniform(), LAYOUT, [batch], counts(batch), 2, lambda given, future, actions: given.repeat(1, 2, 1, 1))

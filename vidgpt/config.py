@@ -1,0 +1,75 @@
+"""The transformer's options: the only home of their defaults."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# Fields that the tokens' card decides; a user never sets them.
+FIELDS_FROM_CARD = ("codebook_size", "grid_height", "grid_width", "num_actions", "vocab_size", "max_position_embeddings")
+
+
+@strict
+class VidGPTConfig(PreTrainedConfig):
+    """Options of VidGPTForCausalLM.
+
+    window: latent frames that fit (context and future together). rope_theta: base of the rotary phases; small, because the axes are
+    short. loss_chunk: logits (tokens x vocabulary) held at once by the loss.
+    """
+
+    model_type = "vidgpt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    format_version: int = 1
+    codebook_size: int = 1000
+    grid_height: int = 8
+    grid_width: int = 8
+    num_actions: int = 0
+    window: int = 24
+    vocab_size: int | None = None
+    max_position_embeddings: int | None = None
+    hidden_size: int = 256
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    use_qk_norm: bool = True
+    rope_theta: float = 100.0
+    rms_norm_eps: float = 1e-6
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    loss_chunk: int = 33_554_432
+
+    def __post_init__(self, **kwargs: object) -> None:
+        """Derive what depends on other fields."""
+        # Two special ids (first-frame lead, frame separator) follow the picture ids, then the actions: vidgpt.layout.
+        self.vocab_size = self.codebook_size + 2 + self.num_actions
+        self.max_position_embeddings = self.window * (self.grid_height * self.grid_width + 1)
+        if self.num_attention_heads > 0:
+            self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        # 8/3 keeps SwiGLU at the parameter count of a 4x MLP (arXiv:2002.05202); rounded for the hardware.
+        self.intermediate_size = self.intermediate_size or -(-self.hidden_size * 8 // 3 // 32) * 32
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Check the rules across fields."""
+        heads, groups = self.num_attention_heads, self.num_key_value_heads or 1
+        if self.window < 2:
+            raise ValueError(f"window={self.window} leaves nothing to predict: use 2 frames or more")
+        if heads < 1 or self.hidden_size % heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is no multiple of num_attention_heads={heads}: change one of them")
+        if groups < 1 or heads % groups:
+            raise ValueError(f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}: change one of them")
+        if (self.head_dim or 0) < 8 or (self.head_dim or 0) % 2:
+            raise ValueError(f"head_dim={self.head_dim} cannot carry three rotary axes: it must be even and 8 or more")

@@ -1,0 +1,96 @@
+"""Any input video to the context a model takes: resized, cropped and resampled, with one sentence that says so."""
+
+from collections import deque
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidtok.card import Card
+from vidtok.video import iter_frames, probe, resize_frames, to_video
+
+
+@dataclass(frozen=True)
+class Context:
+    """Frames to predict from."""
+
+    video: Tensor  # (1, 3, T, H, W) in [-1, 1] at the card's size and rate
+    truth: Tensor | None  # (1, 3, T', H, W): what really followed, T' <= future, where the input holds it
+    first_frame: int  # index of the first context frame at the card's rate
+    note: str  # what was done to the input and which frames were used
+
+
+def read_context(path: str | Path, card: Card, context: int, future: int, start: float | None = None) -> Context:
+    """Read `context` frames at the card's size and rate: the last ones, or those from `start` seconds on.
+
+    A shorter input gives what it has. Raises ValueError when not even one frame is there.
+    """
+    if context < 1:
+        raise ValueError(f"context={context} frames: give 1 or more")
+    info = probe(path)
+    frames, first = _select(path, card, context, future, start)
+    if not frames:
+        raise ValueError(f"{path} has no frame at {start or 0:g} s (it lasts {info.seconds:.2f} s): choose an earlier start")
+    given = min(context, len(frames))
+    given = 1 + (given - 1) // card.stride_t * card.stride_t
+    if start is None:
+        # The newest frames count: a context shortened to fit the temporal stride loses its oldest ones.
+        first += len(frames) - given
+        frames = frames[-given:]
+    clip = to_video(resize_frames(np.stack(frames), (card.frame_height, card.frame_width)))[None]
+    truth = clip[:, :, given:] if clip.shape[2] > given else None
+    return Context(clip[:, :, :given], truth, first, _note(info, card, context, given, first))
+
+
+def _select(path: str | Path, card: Card, context: int, future: int, start: float | None) -> tuple[list[np.ndarray], int]:
+    if start is not None:
+        return list(islice(iter_frames(path, start=start, fps=card.fps), context + future)), round(start * card.fps)
+    newest: deque[np.ndarray] = deque(maxlen=context)
+    seen = 0
+    for frame in iter_frames(path, fps=card.fps):
+        newest.append(frame)
+        seen += 1
+    return list(newest), seen - len(newest)
+
+
+def _note(info: object, card: Card, asked: int, given: int, first: int) -> str:
+    width, height, fps = (getattr(info, name) for name in ("width", "height", "fps"))
+    done = []
+    if (height, width) != (card.frame_height, card.frame_width):
+        done.append(f"scaled and centre-cropped from {width}x{height} to {card.frame_width}x{card.frame_height}")
+    if abs(fps - card.fps) > 1e-3:
+        done.append(f"resampled from {fps:g} to {card.fps:g} fps")
+    used = f"context is frames {first}..{first + given - 1} ({first / card.fps:.2f} s to {(first + given - 1) / card.fps:.2f} s)"
+    if given < asked:
+        used += f", {given} of the {asked} asked for" + (
+            f" (stride_t={card.stride_t} takes 1 + k * {card.stride_t})" if card.stride_t > 1 else ""
+        )
+    return "input " + ", ".join([*done, used])
+
+
+def read_actions(path: str | Path, num_actions: int) -> Tensor:
+    """Read one action a frame, (1, t) int64, of a .npy, .json, .csv or .txt file. Raises ValueError naming the file."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"actions {file} does not exist: give a .npy, .json, .csv or .txt file with one whole number a frame"
+        )
+    try:
+        values = (
+            np.load(file)
+            if file.suffix == ".npy"
+            else np.array([int(word) for word in file.read_text().replace(",", " ").strip(" []\n").split()])
+        )
+        actions = torch.as_tensor(np.asarray(values).reshape(1, -1)).long()
+    except (ValueError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"actions {file} are not whole numbers, one a frame ({error}): give a .npy, .json, .csv or .txt file"
+        ) from error
+    if actions.numel() and not 0 <= int(actions.min()) <= int(actions.max()) < num_actions:
+        raise ValueError(
+            f"actions {file} lie in [{int(actions.min())}, {int(actions.max())}], the model knows [0, {num_actions})"
+        )
+    return actions

@@ -1,0 +1,51 @@
+"""PSNR of predicted frames by horizon, beside copying the last frame and the tokenizer's own ceiling."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import repeat
+from torch import Tensor
+
+from vidgpt.rollout import Predictor
+from vidgpt.sampling import SamplingOptions
+from vidtok.metrics import psnr_by_frame
+
+
+@dataclass(frozen=True)
+class PixelReport:
+    """Clips with their predictions, and PSNR in dB by horizon: entry 0 is the first predicted frame."""
+
+    real: Tensor  # (B, 3, context + future, H, W)
+    predicted: Tensor  # the same shape; given frames are the real ones
+    ceiling: Tensor  # the same shape; encoded and decoded
+    psnr_db: dict[str, list[float]]  # prediction, copy_last_frame, tokenizer_ceiling: mean over clips of each frame's value
+
+    def gain_db(self, first: int, last: int) -> float:
+        """Give the mean gain over copying at horizons first .. last, from 1."""
+        span = slice(first - 1, last)
+        return float(np.mean(self.psnr_db["prediction"][span]) - np.mean(self.psnr_db["copy_last_frame"][span]))
+
+
+@torch.no_grad()
+def evaluate_pixels(
+    predictor: Predictor,
+    video: Tensor,
+    context: int,
+    actions: Tensor | None = None,
+    options: SamplingOptions | None = None,
+    seed: int = 0,
+) -> PixelReport:
+    """Predict what follows the first `context` frames of clips (B, 3, T, H, W) and compare with what did follow.
+
+    Greedy unless options say otherwise. context = 1 + k * stride_t.
+    """
+    future = video.shape[2] - context
+    real = video.to(predictor.device)
+    ceiling = predictor.decode(predictor.encode(real))
+    predicted = predictor.predict(real[:, :, :context], future, seed=seed, options=options, actions=actions)
+    truth = real[:, :, context:]
+    copied = repeat(real[:, :, context - 1], "b c h w -> b c t h w", t=future)
+    forecasts = {"prediction": predicted, "copy_last_frame": copied, "tokenizer_ceiling": ceiling[:, :, context:]}
+    curves = {name: psnr_by_frame(frames, truth).mean(dim=0).tolist() for name, frames in forecasts.items()}
+    return PixelReport(real.cpu(), torch.cat([real[:, :, :context], predicted], dim=2).cpu(), ceiling.cpu(), curves)

@@ -1,0 +1,139 @@
+"""Predictor: frames in, frames out. It joins tokenizer, transformer and a decoding plan; all state lives in one call."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from vidgpt.config import VidGPTConfig
+from vidgpt.decoding import PLANS
+from vidgpt.model import VidGPTForCausalLM
+from vidgpt.sampling import SamplingOptions, generators
+from vidtok.card import Card, check_cards
+from vidtok.folders import load_model, model_folder
+from vidtok.model import VidTokModel
+
+
+class Predictor:
+    """A tokenizer and a transformer that belong together."""
+
+    def __init__(self, model: VidGPTForCausalLM, tokenizer: VidTokModel, card: Card) -> None:
+        self.model, self.tokenizer, self.card = model.eval(), tokenizer.eval(), card
+        self.layout = model.model.layout
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str | None = None) -> "Predictor":
+        """Load a run folder or model folder, onto CUDA when there is one.
+
+        Raises ValueError when the folder's tokenizer is not the one that its transformer was trained for.
+        """
+        folder = model_folder(path, VidGPTConfig.model_type)
+        model, card = load_model(VidGPTForCausalLM, folder), Card.load(folder)
+        if not (folder / "tokenizer").is_dir():
+            raise ValueError(
+                f"{folder} has no tokenizer/: it can be evaluated on tokens but not decode frames; train with tokenizer_checkpoint=DIR"
+            )
+        tokenizer = load_model(VidTokModel, folder / "tokenizer")
+        if tokenizer.fingerprint() != card.tokenizer_fingerprint:
+            raise ValueError(
+                f"{folder / 'tokenizer'} is tokenizer {tokenizer.fingerprint()}, but the transformer beside it was trained on tokens of "
+                f"{card.tokenizer_fingerprint}: put the right tokenizer there"
+            )
+        target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(model.to(target), tokenizer.to(target), card)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def check_card(self, card: Card, name: str) -> None:
+        """Raise ValueError when tokens with that card are not those of this model."""
+        check_cards(self.card, "the checkpoint", card, name)
+
+    def latent_frames(self, frames: int) -> int:
+        """Give the latent frames that hold at least `frames` pixel frames of a future, or of a context 1 + k * stride_t."""
+        return -(-frames // self.card.stride_t)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        video: Tensor,
+        future: int,
+        seed: int = 0,
+        options: SamplingOptions | None = None,
+        decoding: str = "raster",
+        actions: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the next frames.
+
+        video: (B, 3, T, H, W) in [-1, 1] at the card's frame size, T = 1 + k * stride_t. Gives (B, 3, future, H, W) in [-1, 1].
+        actions: (B, t + future) where the model knows actions. Raises ValueError when context and future exceed the window.
+        """
+        context = self.encode(video)
+        steps = self.latent_frames(future)
+        indices = torch.stack(list(self.stream(context, steps, seed, options, decoding, actions)), dim=1)
+        return self.decode(torch.cat([context, indices], dim=1))[:, :, video.shape[2] :][:, :, :future]
+
+    def stream(
+        self,
+        context: Tensor,
+        future: int,
+        seed: int = 0,
+        options: SamplingOptions | None = None,
+        decoding: str = "raster",
+        actions: Tensor | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield `future` latent frames (B, h, w) after the indices `context` (B, t, h, w), each as it is ready; see stream_tokens."""
+        return stream_tokens(self.model, context, future, seed=seed, options=options, decoding=decoding, actions=actions)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Give the indices (B, t, h, w) of clips (B, 3, T, H, W)."""
+        return self.tokenizer.encode(video.to(self.device))
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Give the clips (B, 3, T, H, W) of indices (B, t, h, w)."""
+        return self.tokenizer.decode(indices)
+
+    def samples(self, context: Tensor, samples: int) -> Tensor:
+        """Repeat every clip `samples` times, clip-major."""
+        return repeat(context, "b ... -> (b s) ...", s=samples)
+
+
+def stream_tokens(
+    model: VidGPTForCausalLM,
+    context: Tensor,
+    future: int,
+    *,
+    seed: int = 0,
+    options: SamplingOptions | None = None,
+    decoding: str = "raster",
+    actions: Tensor | None = None,
+    first_sequence: int = 0,
+) -> Iterator[Tensor]:
+    """Yield `future` latent frames (B, h, w) after the indices `context` (B, t, h, w), each as it is ready; greedy by default.
+
+    Row i draws from the generator (seed, first_sequence + i), whatever its neighbours. actions: (B, t + future).
+    Raises ValueError past the window and for an unknown plan.
+    """
+    if decoding not in PLANS:
+        raise ValueError(f"decoding={decoding!r} is not one of {', '.join(PLANS)}: choose one of these")
+    batch, frames = context.shape[:2]
+    _check_window(frames, future, model.config.window)
+    layout = model.model.layout
+    leads = layout.leads(frames + future, batch, actions).to(model.device)
+    prefix = layout.flatten(context.to(model.device), None if actions is None else actions[:, :frames])
+    random = generators(seed, batch, model.device, first=first_sequence)
+    return PLANS[decoding](model, prefix, leads[:, frames:], options or SamplingOptions(temperature=0.0), random)
+
+
+def _check_window(frames: int, future: int, window: int) -> None:
+    if frames < 1 or future < 1:
+        raise ValueError(f"context of {frames} and future of {future} frames: both must be 1 or more")
+    if frames + future > window:
+        raise ValueError(
+            f"context of {frames} and future of {future} frames exceed the window of {window} frames this model was trained with: "
+            f"use context + future <= {window}, or train with a larger model.window"
+        )

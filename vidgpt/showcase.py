@@ -1,0 +1,104 @@
+"""The demo: every stage of the main job in turn, each resumable by itself, and one report over all."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidgpt.checkpoint_evaluation import evaluate_checkpoint
+from vidgpt.evaluation import TokenReport
+from vidgpt.options import DemoOptions
+from vidgpt.pages import write_demo_report
+from vidgpt.pixels import PixelReport, evaluate_pixels
+from vidgpt.rollout import Predictor
+from vidgpt.training import train_gpt
+from vidtok.data import build_episodes
+from vidtok.encoding import encode_dataset
+from vidtok.training import train_tokenizer
+from vidtok.video import to_video
+
+
+def run_demo(options: DemoOptions, config: Mapping[str, Any]) -> Path:
+    """Collect, train the tokenizer, encode, train the transformer, predict, evaluate; gives the path of report.html.
+
+    A run that was interrupted goes on where it stopped when it is given again.
+    """
+    run_dir, started = Path(options.run_dir), time.monotonic()
+    seconds: dict[str, float] = {}
+
+    def stage(number: int, title: str, command: str) -> None:
+        seconds[title] = time.monotonic()
+        print(f"\n[{number}/5] {title}   (by hand: {command})", flush=True)
+
+    stage(1, "train the tokenizer", f"vidtok-train data=atari run_dir={run_dir}/tokenizer")
+    train_tokenizer(options.tokenizer_training, options.data, options.tokenizer, config["tokenizer_training"])
+    stage(2, "encode the videos", f"vidtok-encode checkpoint={run_dir}/tokenizer data=atari output={run_dir}/tokens")
+    encode_dataset(options.encoding, options.data)
+    stage(3, "train the transformer", f"vidgpt-train tokens={run_dir}/tokens run_dir={run_dir}/gpt")
+    train_gpt(options.gpt_training, options.model, config["gpt_training"])
+    stage(
+        4,
+        "evaluate on held-out tokens",
+        f"vidgpt-evaluate checkpoint={run_dir}/gpt tokens={run_dir}/tokens output={run_dir}/evaluation",
+    )
+    tokens = evaluate_checkpoint(options.evaluation)
+    stage(5, "predict held-out frames", f"vidgpt-predict checkpoint={run_dir}/gpt input=FILE output={run_dir}/prediction")
+    pixels = predict_held_out(options)
+    (run_dir / "pixels.json").write_text(json.dumps({"psnr_db_mean_by_horizon": pixels.psnr_db}, indent=1) + "\n")
+    report = write_demo_report(run_dir, options, tokens, pixels, _durations(seconds), config)
+    for line in summary_lines(tokens, pixels):
+        print(line)
+    print(f"\n{(time.monotonic() - started) / 60:.1f} minutes in all. Open {report} in a browser.")
+    return report
+
+
+def predict_held_out(options: DemoOptions) -> PixelReport:
+    """Predict clips of the validation episodes, spread evenly, greedily."""
+    predictor = Predictor.from_pretrained(options.gpt_training.run_dir)
+    video, actions = held_out_clips(options)
+    return evaluate_pixels(predictor, video, options.context, actions if predictor.layout.num_actions else None)
+
+
+def held_out_clips(options: DemoOptions) -> tuple[Tensor, Tensor]:
+    """Give clips (B, 3, context + future, H, W) and their actions (B, context + future)."""
+    episodes = build_episodes(options.data).split("validation")
+    length = options.context + options.future
+    per_episode = -(-options.pixel_clips // len(episodes))
+    videos, actions = [], []
+    for episode in episodes:
+        for start in np.linspace(0, len(episode.frames) - length, per_episode).round().astype(int):
+            videos.append(to_video(episode.frames[start : start + length]))
+            taken = np.zeros(length, np.int64) if episode.actions is None else episode.actions[start : start + length]
+            actions.append(torch.as_tensor(np.array(taken)))
+    return torch.stack(videos[: options.pixel_clips]), torch.stack(actions[: options.pixel_clips])
+
+
+def summary_lines(tokens: TokenReport, pixels: PixelReport) -> list[str]:
+    """Give the figures a person wants to see first."""
+    forced = {name: meter.summary() for name, meter in tokens.teacher_forced.items()}
+    key = "top1_accuracy_on_changed_tokens_fraction"
+    future = len(pixels.psnr_db["prediction"])
+    first = min(4, future)
+    lines = [
+        "",
+        "held out, free-running greedy prediction, PSNR in dB by horizon:",
+        "  horizon            " + "".join(f"{horizon:7d}" for horizon in range(1, future + 1)),
+    ]
+    for name, curve in pixels.psnr_db.items():
+        lines.append(f"  {name.replace('_', ' '):18s} " + "".join(f"{value:7.2f}" for value in curve))
+    lines.append(f"  gain over copy-last-frame, mean of horizons {first} to {future}: {pixels.gain_db(first, future):+.2f} dB")
+    lines.append(
+        f"teacher-forced: {forced['model']['cross_entropy_nats_per_token']:.3f} nats a token, accuracy on changed tokens "
+        f"{forced['model'][key]:.3f} (per-position unigram {forced['unigram_by_position'][key]:.3f}, copy-last-frame 0)"
+    )
+    return lines
+
+
+def _durations(starts: Mapping[str, float]) -> dict[str, float]:
+    marks = [*starts.values(), time.monotonic()]
+    return {title: after - before for title, before, after in zip(starts, marks, marks[1:], strict=False)}

@@ -1,0 +1,108 @@
+"""The card: what tokens are made of, beside every token dataset and inside every model trained on one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from vidtok.checkpoints import write_text
+
+CARD_FILE = "card.json"
+CARD_FORMAT = 1
+_MADE_BY = (
+    "tokenizer_fingerprint",
+    "codebook_size",
+    "grid_height",
+    "grid_width",
+    "stride_t",
+    "stride_s",
+    "fps",
+    "frame_height",
+    "frame_width",
+    "num_actions",
+)
+_MADE_OF = ("data_name", "manifest_hash")
+
+
+@dataclass(frozen=True)
+class Card:
+    """Say which tokenizer made the tokens, of which frames (sizes in pixels, fps in frames a second), and how many there are.
+
+    num_actions: 0 where no actions are recorded. splits: rows of each split; rows, frames (pixel frames) and splits count
+    only once complete is true.
+    """
+
+    tokenizer_fingerprint: str
+    codebook_size: int
+    grid_height: int
+    grid_width: int
+    stride_t: int
+    stride_s: int
+    fps: float
+    frame_height: int
+    frame_width: int
+    num_actions: int
+    data_name: str
+    manifest_hash: str
+    complete: bool = False
+    rows: int = 0
+    frames: int = 0
+    splits: dict[str, int] = field(default_factory=dict)
+    format_version: int = CARD_FORMAT
+
+    @property
+    def value_dtype(self) -> str:
+        """Name the integers of the shards: the narrower of uint16 and int32 that holds every id."""
+        return "uint16" if self.codebook_size <= 1 << 16 else "int32"
+
+    def begun(self) -> Card:
+        """Give the card of the same tokens before the first one was written."""
+        return replace(self, complete=False, rows=0, frames=0, splits={})
+
+    def save(self, folder: str | Path) -> None:
+        """Write card.json into folder, whole or not at all."""
+        write_text(Path(folder) / CARD_FILE, json.dumps({**asdict(self), "value_dtype": self.value_dtype}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Card:
+        """Read folder/card.json. Raises FileNotFoundError without one, ValueError for one that this version cannot read."""
+        path = Path(folder).expanduser() / CARD_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: give a folder that vidtok-encode or vidgpt-train has written.")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error}): the folder is damaged, copy or encode it again.") from None
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if version != CARD_FORMAT:
+            raise ValueError(f"{path} has format_version {version}, this version reads {CARD_FORMAT}: encode the data again.")
+        dtype = values.pop("value_dtype", None)
+        unknown = sorted(set(values) ^ {option.name for option in fields(cls)})
+        if unknown:
+            raise ValueError(f"{path} lacks or does not know {unknown[0]!r}: encode the data again, or update the package.")
+        card = cls(**values)
+        if dtype != card.value_dtype:
+            raise ValueError(
+                f"{path} says value_dtype={dtype}, but codebook_size={card.codebook_size} needs {card.value_dtype}: "
+                "encode the data again."
+            )
+        return card
+
+
+def check_cards(card: Card, name: str, other: Card, other_name: str) -> None:
+    """Raise ValueError when the two were not made by the same tokenizer from frames of one size and rate; the data may differ."""
+    _refuse_difference(card, name, other, other_name, _MADE_BY, "both must come from one tokenizer and one kind of frames.")
+
+
+def check_same_tokens(card: Card, name: str, other: Card, other_name: str) -> None:
+    """Raise ValueError when the two do not describe the very same tokens, finished or not."""
+    _refuse_difference(card, name, other, other_name, (*_MADE_BY, *_MADE_OF), "give another output folder.")
+
+
+def _refuse_difference(card: Card, name: str, other: Card, other_name: str, keys: Sequence[str], remedy: str) -> None:
+    for key in keys:
+        ours, theirs = getattr(card, key), getattr(other, key)
+        if ours != theirs:
+            raise ValueError(f"{name} has {key}={ours}, but {other_name} has {key}={theirs}: {remedy}")

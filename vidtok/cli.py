@@ -1,0 +1,315 @@
+"""Console entries: Hydra composes, a plain dictionary arrives, and an error of the user is one sentence and exit status 2.
+
+Hydra alone would print a traceback of its own, write `outputs/`, accept unknown keys behind a `+`, and stumble over a path with a
+space. The work runs after Hydra has returned, so that nothing of it stands between an error and the person who reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from yaml import YAMLError
+
+from vidtok.schema import config_dir, store_schema
+
+PATH_KEYS = frozenset(
+    {"root", "file", "input", "output", "checkpoint", "tokens", "run_dir", "init_from", "cache_dir"}
+)  # the last part of a key whose value is a path
+FLAGS = {  # of Hydra, each with whether a value follows
+    **dict.fromkeys(("--help", "-h", "--resolve", "--multirun", "-m"), False),
+    **dict.fromkeys(("--cfg", "-c", "--package", "-p"), True),
+    **dict.fromkeys(("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"), True),
+}
+QUIET = (  # Hydra writes no folder, no file and no log
+    "hydra.run.dir=.",
+    "hydra.sweep.dir=.",
+    "hydra.sweep.subdir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
+TYPE_WORDS = {"Integer": "an integer", "Float": "a number", "bool": "true or false"}
+
+Run = Callable[[dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A console command; calling it is `main()`."""
+
+    config_name: str
+    example: str
+    run: Run
+    options: type | None = None
+    schemas: Callable[[], None] | None = None
+
+    @property
+    def command(self) -> str:
+        """Name on the command line."""
+        return self.config_name.replace("_", "-")
+
+    def __call__(self, arguments: Sequence[str] | None = None) -> None:
+        """Compose the configuration and run; the arguments default to those of the process.
+
+        Raises SystemExit: 2 after an error of the user, told in one sentence on stderr, and 130 after Ctrl-C.
+        """
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        try:
+            self._compose_and_run(given)
+        except KeyboardInterrupt:
+            self._stop("interrupted", 130)
+        except _user_errors() as error:
+            if any(argument.lower() == "debug=true" for argument in given):
+                traceback.print_exc()
+            self._stop(_explain(error, self.example), 2)
+
+    def register(self) -> None:
+        """Register every schema that the YAML of this command names."""
+        if self.schemas is not None:
+            self.schemas()
+        if self.options is not None:
+            store_schema(None, f"schema_{self.config_name}", self.options)
+
+    def _compose_and_run(self, given: list[str]) -> None:
+        flags, overrides = _split(given)
+        self.register()
+        # The job name is only a label; without it Hydra takes this module's.
+        overrides = [*QUIET, f"hydra.job.name={self.command}", *overrides]
+        if not {"--help", "-h"}.isdisjoint(flags):
+            overrides = [*self._example_presets(), *overrides, f"hydra.help.template={_quote(self._help())}"]
+        composed: list[DictConfig] = []
+        is_sweep = not {"--multirun", "-m"}.isdisjoint(flags)
+
+        def task(config: DictConfig) -> None:
+            # The jobs of a sweep belong to Hydra's launcher; a single run waits until Hydra is out of the way.
+            self._work(config) if is_sweep else composed.append(config)
+
+        with _hydra_sees([*overrides, *flags]):
+            hydra.main(config_path=config_dir(), config_name=self.config_name, version_base="1.3")(task)()
+        for config in composed:
+            self._work(config)
+
+    def _work(self, composed: DictConfig) -> None:
+        _check_keys(composed)
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} must be given, for example: {self.example}")
+        config = OmegaConf.to_container(composed, resolve=True)
+        assert isinstance(config, dict)
+        self.run(_with_paths({str(key): value for key, value in config.items()}))
+
+    def _presets(self) -> dict[str, list[str]]:
+        names = [option.name for option in dataclasses.fields(self.options)] if self.options is not None else []
+        groups = {name: sorted(path.stem for path in Path(config_dir(), name).glob("*.yaml")) for name in names}
+        return {name: stems for name, stems in groups.items() if stems}
+
+    def _example_presets(self) -> list[str]:
+        """Give the example's choice of presets, because help is asked for before anything is chosen."""
+        groups = self._presets()
+        return [word for word in self.example.split() if word.partition("=")[0] in groups]
+
+    def _help(self) -> str:
+        presets = "".join(f"\n  {name}={'|'.join(stems)}" for name, stems in self._presets().items())
+        return (
+            f"Example: {self.example}\n"
+            + (f"\nPresets, chosen with group=preset:{presets}\n" if presets else "")
+            + "\nKeys and defaults, changed with key=value or group.key=value (??? must be given):\n\n$CONFIG"
+            + "\ndebug=true shows the traceback of an error; --cfg job shows the configuration and runs nothing."
+        )
+
+    def _stop(self, sentence: str, status: int) -> NoReturn:
+        print(f"{self.command}: {sentence}", file=sys.stderr)
+        raise SystemExit(status)
+
+
+def entry(
+    config_name: str, example: str, options: type | None = None, schemas: Callable[[], None] | None = None
+) -> Callable[[Run], Entry]:
+    """Make a console command of a function that takes the composed configuration as a plain dictionary.
+
+    config_name: the primary YAML in conf/ without its suffix; its `_` become `-` in the command's name.
+    example: one complete command line, shown by --help and when something is missing.
+    options: dataclass of every root key, groups included (`data: Any = "???"`), registered as `schema_<config_name>`.
+    schemas: registers the schemas of the groups; called only when the command runs, because importing a model takes seconds.
+    """
+
+    def decorate(run: Run) -> Entry:
+        return Entry(config_name, example, run, options, schemas)
+
+    return decorate
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    # Imported only once something has gone wrong: huggingface_hub is slow to import.
+    from huggingface_hub.errors import StrictDataclassError
+
+    return ValueError, OSError, HydraException, OmegaConfBaseException, YAMLError, StrictDataclassError
+
+
+@contextmanager
+def _hydra_sees(arguments: list[str]) -> Iterator[None]:
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [argv[0], *arguments]
+    # Without it Hydra prints errors itself and exits with status 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Sort the command line into Hydra's flags and safe overrides: argparse refuses overrides on both sides of a flag."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument.startswith("-"):
+            flags += _flag(argument, rest)
+        elif not argument.startswith("debug="):
+            overrides.append(_quoted(argument))
+        elif argument.lower() not in ("debug=true", "debug=false"):
+            raise ValueError(f"{argument}: expected true or false")
+    return flags, overrides
+
+
+def _flag(argument: str, rest: Iterator[str]) -> list[str]:
+    flag, has_value, value = argument.partition("=")
+    if flag not in FLAGS:
+        raise ValueError(f"{flag}: unknown flag, options are written as {flag.lstrip('-').replace('-', '_')}=VALUE, see --help")
+    if not FLAGS[flag]:
+        return [flag]
+    value = value if has_value else next(rest, "")
+    if not value or (flag in ("--cfg", "-c") and value not in ("job", "hydra", "all")):
+        raise ValueError(f"{flag} {value}".strip() + f": expected {flag} {'job' if flag in ('--cfg', '-c') else 'VALUE'}")
+    return [flag, value]
+
+
+def _quoted(argument: str) -> str:
+    """Protect the value of a path key from Hydra's grammar, where `=`, a comma and brackets have a meaning."""
+    key, _, value = argument.partition("=")
+    is_path = key.lstrip("+").rpartition(".")[2] in PATH_KEYS
+    is_quoted = re.fullmatch(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", value, re.DOTALL)
+    if not is_path or is_quoted or value.lower() in ("", "null"):
+        return argument
+    return f"{key}={_quote(value)}"
+
+
+def _quote(text: str) -> str:
+    # Inside quotes Hydra reads backslashes as escapes only where a quote follows.
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+
+
+def _with_paths(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Expand `~` in the values of path keys. Raises ValueError for an empty path."""
+    expanded = dict(config)
+    for key, value in config.items():
+        if isinstance(value, dict):
+            expanded[key] = _with_paths(value, f"{prefix}{key}.")
+        elif key in PATH_KEYS and isinstance(value, str):
+            if not value.strip():
+                raise ValueError(f"{prefix}{key} is empty: give a path, as in {prefix}{key}=PATH")
+            expanded[key] = os.path.expanduser(value)
+    return expanded
+
+
+def _check_keys(config: DictConfig, prefix: str = "") -> None:
+    """Refuse what `+key` added and `~key` took away: Hydra lets both past the schema."""
+    schema = OmegaConf.get_type(config)
+    keys = [str(key) for key in config]
+    if dataclasses.is_dataclass(schema):
+        known = [option.name for option in dataclasses.fields(schema)]
+        for key in keys:
+            if key not in known:
+                raise ValueError(_unknown_key(prefix + key, [name for name in keys if name in known], config))
+        for key in known:
+            if key not in keys:
+                raise ValueError(f"{prefix}{key}: cannot be taken away, give it a value instead")
+    for key in keys:
+        if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
+            _check_keys(config[key], f"{prefix}{key}.")
+
+
+def _explain(error: BaseException, example: str) -> str:
+    """Say in one sentence what the user can change."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
+        group, _, preset = error.missing_cfg_file.rpartition("/")
+        options = [name for name in error.options or () if not name.startswith("schema")]
+        return f"{group}={preset}: unknown preset, {_nearest(preset, options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not of the form key=value, a value with special characters needs quotes as in 'key=\"value\"'"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    culprit = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
+    if isinstance(culprit, OmegaConfBaseException) and culprit.full_key:
+        where = re.match(r"In '(.+?)': ", str(error))
+        return (f"in {where[1]}.yaml, " if where else "") + _explain_value(culprit)
+    if must := re.match(r"You must specify '(.+?)'.*Available options:(.*)", str(error), re.DOTALL):
+        options = [name for name in must[2].split() if not name.startswith("schema")]
+        return f"{must[1]} must be given, one of {', '.join(options)}, for example: {example}"
+    if nowhere := re.match(r"Could not override '(.+?)'", str(error)):
+        return f"{nowhere[1]}: unknown key, this command has no such group of presets, see --help"
+    if ambiguous := re.match(r"Ambiguous value for argument '(.+)'$", str(error), re.MULTILINE):
+        return f"{ambiguous[1]}: a list is written [1,2], and a text with a comma needs quotes"
+    if type(error).__module__ == "huggingface_hub.errors" and error.__cause__ is not None:
+        error = error.__cause__
+    return re.sub(r"\s*\n\s*", " ", str(error).strip()) or type(error).__name__
+
+
+def _explain_value(error: OmegaConfBaseException) -> str:
+    key, parent = str(error.full_key), error.parent_node
+    if isinstance(error, ConfigAttributeError | ConfigKeyError) and isinstance(parent, DictConfig):
+        return _unknown_key(key, [str(name) for name in parent if name != "hydra"], parent)
+    first_line = str(error).partition("\n")[0]
+    if isinstance(error, ValidationError):
+        if "not Optional" in first_line:
+            return f"{key}=null: a value is needed here"
+        if wrong := re.match(r"Value '(.*)' (?:of type '.*' could not be converted to|is not a valid) (\w+)", first_line):
+            return f"{key}={wrong[1]}: expected {TYPE_WORDS.get(wrong[2], wrong[2])}"
+    return f"{key}: {first_line}"
+
+
+def _unknown_key(full_key: str, known: list[str], parent: DictConfig) -> str:
+    group, _, key = full_key.rpartition(".")
+    prefix = f"{group}." if group else ""
+    nested = [f"{prefix}{name}.{key}" for name in known if _has(parent, name, key)]
+    if nested:
+        return f"{full_key}: unknown key, did you mean {' or '.join(nested)}?"
+    if owners := _owners(group, key):
+        return f"{full_key}: unknown key here, it belongs to {' and '.join(owners)}"
+    return f"{full_key}: unknown key, {_nearest(key, known if group else [*known, 'debug'], prefix)}"
+
+
+def _has(parent: DictConfig, name: str, key: str) -> bool:
+    return not OmegaConf.is_missing(parent, name) and isinstance(parent[name], DictConfig) and key in parent[name]
+
+
+def _owners(group: str, key: str) -> list[str]:
+    """Find the other sources of a group that know a key, as `data=files`."""
+    store = ConfigStore.instance()
+    names = [name.removesuffix(".yaml") for name in store.list(group)] if group in store.repo else []
+    sources = [name for name in names if name.startswith("schema_") and key in store.load(f"{group}/{name}.yaml").node]
+    return [f"{group}={name.removeprefix('schema_')}" for name in sources]
+
+
+def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {prefix}{matches[0]}?" if matches else f"the known ones are {', '.join(sorted(known)) or 'none'}"

@@ -1,0 +1,150 @@
+"""Episodes from the user's video files, each decoded once into the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from vidtok.data.cache import FrameWriter, cache_key, count_frames, open_cache, progress_bar
+from vidtok.data.episodes import Episode, EpisodeSet, FrameFile, Reject, hash_manifest
+from vidtok.data.find import Source, find_sources
+from vidtok.data.options import FilesOptions
+from vidtok.video import VideoError, VideoInfo, iter_frames, probe, resize_frames
+
+# From this number on whole files are held out; below it the end of every file is.
+MIN_FILES_TO_HOLD_OUT = 10
+
+
+def build(options: FilesOptions) -> EpisodeSet:
+    """Find, probe and decode all videos, and split them; a file that cannot be read becomes a Reject.
+
+    Raises ValueError when nothing is found, too many files are unreadable, or the cache would grow too large.
+    """
+    root = _root(options)
+    sources = find_sources(root, options.pattern)
+    folder = open_cache(options.cache_dir)
+    rejects: list[Reject] = []
+    infos = _probe_all(sources, folder, rejects)
+    _check_rejects(rejects, len(sources), options)
+    fps = options.fps or next(iter(infos.values())).fps
+    if options.fps is None:
+        print(f"data: {fps:.5g} frames a second, the rate of {next(iter(infos)).name}, is used for all: data.fps sets another")
+    _check_space(infos, options, fps)
+    paths = _decode_all(infos, options, fps, folder, rejects)
+    _check_rejects(rejects, len(sources), options)
+    if rejects:
+        print(f"data: {len(rejects)} of {len(sources)} files rejected: see rejects.csv")
+    episodes = _split(paths, fps, options.validation)
+    manifest = [[e.source, e.start, len(e.frames), e.split] for e in episodes]
+    return EpisodeSet(
+        name="files",
+        height=options.size[0],
+        width=options.size[1],
+        fps=fps,
+        num_actions=0,
+        episodes=episodes,
+        rejects=rejects,
+        manifest_hash=hash_manifest([manifest, fps, list(options.size), [source.state[0] for source in paths]]),
+    )
+
+
+def _root(options: FilesOptions) -> Path:
+    if not options.root:
+        raise ValueError("data.root is not given: set data.root=DIR, a folder of videos or one video file.")
+    root = Path(options.root).expanduser()
+    if not root.exists():
+        raise ValueError(f"data.root is {root}, which does not exist.")
+    return root.resolve()
+
+
+def _probe_all(sources: list[Source], folder: Path, rejects: list[Reject]) -> dict[Source, VideoInfo]:
+    infos = {}
+    with progress_bar() as progress:
+        for source in progress.track(sources, description="probing"):
+            try:
+                infos[source] = _probe(source, folder)
+            except (VideoError, FileNotFoundError) as error:
+                rejects.append(Reject(source.name, str(error)))
+    return infos
+
+
+def _probe(source: Source, folder: Path) -> VideoInfo:
+    """Probe a source, or recall what an earlier run found: probing reads the whole file."""
+    path = folder / f"probe-{cache_key([str(source.path), source.state])}.json"
+    if path.exists():
+        return VideoInfo(**json.loads(path.read_text()))
+    info = probe(source.path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(asdict(info)))
+    temporary.replace(path)
+    return info
+
+
+def _decode_all(
+    infos: dict[Source, VideoInfo], options: FilesOptions, fps: float, folder: Path, rejects: list[Reject]
+) -> dict[Source, Path]:
+    height, width = options.size
+    paths = {}
+    with progress_bar() as progress:
+        task = progress.add_task("decoding", total=sum(info.seconds for info in infos.values()))
+        for source in infos:
+            path = folder / f"files-{cache_key([str(source.path), source.state, fps, height, width])}.npy"
+            try:
+                if not path.exists():
+                    with FrameWriter(path, (height, width)) as writer:
+                        for frame in iter_frames(source.path, fps=fps):
+                            writer.append(resize_frames(frame[None], (height, width))[0])
+                            progress.advance(task, 1 / fps)
+                paths[source] = path
+            except (VideoError, FileNotFoundError) as error:
+                rejects.append(Reject(source.name, str(error)))
+    return paths
+
+
+def _check_rejects(rejects: list[Reject], count: int, options: FilesOptions) -> None:
+    if not rejects:
+        return
+    if len(rejects) == count:
+        raise ValueError(f"None of the {count} files can be used; the first: {rejects[0].reason}")
+    if len(rejects) > options.max_rejected * count:
+        raise ValueError(f"{len(rejects)} of {count} files cannot be used, more than data.max_rejected={options.max_rejected} "
+                         f"allows; the first: {rejects[0].reason}")  # fmt: skip
+
+
+def _check_space(infos: dict[Source, VideoInfo], options: FilesOptions, fps: float) -> None:
+    height, width = options.size
+    needed = sum(info.seconds for info in infos.values()) * fps * height * width * 3 / 1e9
+    if needed > options.cache_gb:
+        raise ValueError(f"The decoded frames need about {needed:.3g} GB and data.cache_gb allows {options.cache_gb:g}: "
+                         "lower data.size or data.fps, or raise data.cache_gb.")  # fmt: skip
+
+
+def _split(paths: dict[Source, Path], fps: float, validation: float) -> list[Episode]:
+    """Hold out whole files when there are many, else the end of every file."""
+    if len(paths) >= MIN_FILES_TO_HOLD_OUT:
+        held_out = _held_out([source.name for source in paths], validation)
+        return [
+            Episode(source.name, 0.0, fps, FrameFile(str(path), 0, count_frames(path)), None,
+                    "validation" if source.name in held_out else "train")
+            for source, path in paths.items()
+        ]  # fmt: skip
+    episodes = []
+    for source, path in paths.items():
+        count = count_frames(path)
+        is_divided = validation > 0 and count > 1
+        middle = min(count - 1, max(1, round(count * (1 - validation)))) if is_divided else count
+        episodes.append(Episode(source.name, 0.0, fps, FrameFile(str(path), 0, middle), None, "train"))
+        if is_divided:
+            episodes.append(Episode(source.name, middle / fps, fps, FrameFile(str(path), middle, count), None, "validation"))
+    return episodes
+
+
+def _held_out(names: list[str], validation: float) -> set[str]:
+    """Choose names by their hash: a file stays on its side when others are added. Never none (unless asked) and never all."""
+    share = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8 for name in names}
+    ordered = sorted(names, key=share.__getitem__)
+    count = sum(value < validation for value in share.values())
+    return set(ordered[: min(len(names) - 1, max(1, count))]) if validation > 0 else set()

@@ -1,0 +1,24 @@
+"""vidtok-encode: a folder of videos, a game or a generator to a token dataset."""
+
+from typing import Any
+
+from vidtok.cli import entry
+from vidtok.schema import build_options, register_schemas
+from vidtok.train_options import EncodeOptions
+
+
+@entry(
+    "vidtok_encode",
+    "vidtok-encode checkpoint=runs/tok data=files data.root=my_videos output=runs/tokens",
+    EncodeOptions,
+    register_schemas,
+)
+def main(config: dict[str, Any]) -> None:
+    """Run the command."""
+    from vidtok.encoding import encode_dataset
+
+    encode_dataset(build_options(EncodeOptions, config), config["data"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Pixel and codebook metrics: PSNR and SSIM frame by frame, and how much of a codebook is in use."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+PSNR_CAP_DB = 100.0
+SSIM_WINDOW = 11
+SSIM_SIGMA = 1.5
+FRAMES_AT_ONCE = 32
+
+
+def psnr_by_frame(video: Tensor, reference: Tensor) -> Tensor:
+    """Measure the peak signal-to-noise ratio of every frame, in dB.
+
+    video, reference: (B, C, T, H, W) in [-1, 1], so the peak-to-peak range is 2. Gives float64 (B, T).
+    A frame's mean squared error is taken over its pixels and colours; nothing is pooled over frames. Values are
+    capped at PSNR_CAP_DB, which is also the value of identical frames. Raises ValueError on unlike or wrong shapes.
+    """
+    check_pair(video, reference)
+    squared_error = (video.double() - reference.double()).square()
+    mean_squared_error = reduce(squared_error, "B C T H W -> B T", "mean")
+    return (-10 * torch.log10(mean_squared_error / 4)).clamp(max=PSNR_CAP_DB)
+
+
+def psnr(video: Tensor, reference: Tensor) -> float:
+    """Average PSNR in dB: the mean over frames of psnr_by_frame, not the PSNR of a pooled error."""
+    return float(psnr_by_frame(video, reference).mean())
+
+
+def ssim_by_frame(video: Tensor, reference: Tensor) -> Tensor:
+    """Measure the structural similarity of every frame, at most 1.
+
+    video, reference: (B, C, T, H, W) in [-1, 1]. Gives float64 (B, T). Frames are compared as images in [0, 1] with the
+    Gaussian window of 11 x 11 pixels and sigma 1.5 (Wang et al., IEEE Transactions on Image Processing, 2004).
+    Raises ValueError on unlike or wrong shapes and on frames smaller than the window.
+    """
+    check_pair(video, reference)
+    batch, _, _, height, width = video.shape
+    if min(height, width) < SSIM_WINDOW:
+        raise ValueError(
+            f"SSIM got frames of {height} x {width} pixels; its window needs at least {SSIM_WINDOW} x {SSIM_WINDOW}: "
+            "use larger frames or report PSNR only"
+        )
+    # Time goes into the batch: a rank-5 input would silently give the three-dimensional SSIM, another number.
+    images, targets = (rearrange((x.float() + 1) / 2, "B C T H W -> (B T) C H W") for x in (video, reference))
+    parts = [_ssim_of_images(*pair) for pair in zip(images.split(FRAMES_AT_ONCE), targets.split(FRAMES_AT_ONCE), strict=True)]
+    return rearrange(torch.cat(parts).double(), "(B T) -> B T", B=batch)
+
+
+def ssim(video: Tensor, reference: Tensor) -> float:
+    """Average SSIM: the mean over frames of ssim_by_frame."""
+    return float(ssim_by_frame(video, reference).mean())
+
+
+def _ssim_of_images(images: Tensor, targets: Tensor) -> Tensor:
+    """Compare images (N, C, H, W) in [0, 1]; gives (N,)."""
+    result = structural_similarity_index_measure(
+        images, targets, sigma=SSIM_SIGMA, kernel_size=SSIM_WINDOW, reduction="none", data_range=1.0, return_full_image=True
+    )
+    assert isinstance(result, tuple)
+    # torchmetrics averages over reflected borders too; the definition, and scikit-image, use whole windows only.
+    border = SSIM_WINDOW // 2
+    return reduce(result[1][..., border:-border, border:-border], "N C H W -> N", "mean")
+
+
+def check_pair(video: Tensor, reference: Tensor) -> None:
+    """Raise ValueError unless both are float clips (B, C, T, H, W) of one shape."""
+    if video.shape != reference.shape or video.ndim != 5 or 0 in video.shape:
+        raise ValueError(
+            f"got videos of shapes {tuple(video.shape)} and {tuple(reference.shape)}; both must be one (B, C, T, H, W): "
+            "crop or resize one to the other"
+        )
+    if not (video.is_floating_point() and reference.is_floating_point()):
+        raise ValueError(
+            f"got videos of types {video.dtype} and {reference.dtype}; metrics take floats in [-1, 1]: "
+            "convert uint8 frames with vidtok.video.to_video"
+        )
+
+
+class FrameMeter:
+    """Average a figure by frame index and over all frames, across clips of any length; every frame weighs the same."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(0, dtype=torch.float64)
+        self.counts = torch.zeros(0, dtype=torch.int64)
+
+    def update(self, values: Tensor) -> None:
+        """Add values (B, T) of frames 0 .. T-1 of B clips."""
+        batch, frames = values.shape
+        missing = max(0, frames - len(self.sums))
+        self.sums = torch.cat([self.sums, self.sums.new_zeros(missing)])
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
+        self.sums[:frames] += values.detach().cpu().double().sum(0)
+        self.counts[:frames] += batch
+
+    def by_frame(self) -> list[float]:
+        """Give the mean of each frame index."""
+        return (self.sums / self.counts).tolist()
+
+    def mean(self) -> float:
+        """Give the mean over all frames; raises ValueError before the first update."""
+        if not len(self.counts):
+            raise ValueError("no frame was measured; an average needs at least one: call update first")
+        return float(self.sums.sum() / self.counts.sum())
+
+
+class CodeMeter:
+    """Count which codebook entries are used over any number of batches."""
+
+    def __init__(self, codebook_size: int) -> None:
+        if codebook_size < 1:
+            raise ValueError(f"got codebook_size {codebook_size}; it must be at least 1: pass the tokenizer's codebook size")
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
+
+    def update(self, indices: Tensor) -> None:
+        """Add integer indices of any shape; raises ValueError on one outside [0, codebook_size)."""
+        flat = indices.detach().reshape(-1).cpu().long()
+        if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < len(self.counts):
+            raise ValueError(
+                f"got indices from {int(flat.min())} to {int(flat.max())}; the codebook has 0 to {len(self.counts) - 1}: "
+                "use the codebook size of the tokenizer that wrote them"
+            )
+        self.counts += torch.bincount(flat, minlength=len(self.counts))
+
+    def used(self) -> int:
+        """Count the entries seen at least once."""
+        return int((self.counts > 0).sum())
+
+    def dead(self) -> int:
+        """Count the entries never seen."""
+        return len(self.counts) - self.used()
+
+    def perplexity(self) -> float:
+        """Give the effective number of entries in use, exp(entropy): 1 .. codebook_size; 0 before the first update."""
+        total = int(self.counts.sum())
+        if not total:
+            return 0.0
+        shares = self.counts[self.counts > 0].double() / total
+        return float(torch.exp(-(shares * shares.log()).sum()))
+
+    def summary(self) -> dict[str, float]:
+        """Give every figure under a key that names its unit, ready for metrics.json."""
+        return {
+            "codes_seen_tokens": int(self.counts.sum()),
+            "codebook_size_codes": len(self.counts),
+            "codebook_used_codes": self.used(),
+            "codebook_used_fraction": self.used() / len(self.counts),
+            "codebook_dead_codes": self.dead(),
+            "codebook_perplexity_codes": self.perplexity(),
+        }

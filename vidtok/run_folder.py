@@ -1,0 +1,143 @@
+"""A run's folder: who may write in it, which configuration it belongs to, and its small files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+
+from vidtok.checkpoints import clean, clean_checkpoints, newest_checkpoint, write_text
+
+# These say how long and how loudly to train, not what: a resumed run may change them. run_dir may be spelled in other ways.
+FREE_KEYS = {"run_dir", "max_steps", "max_minutes", "checkpoint_every", "evaluate_every", "log_every", "keep_checkpoints"}
+FREE_KEYS |= {"num_workers", "debug"}
+_ABSENT = "(absent)"
+
+
+class RunFolder:
+    """Own the folder of one run for as long as this object is open.
+
+    Raises ValueError when another process owns it or when it holds checkpoints of another configuration.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        for folder in (path, self.checkpoints, path / "samples"):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(path)
+        try:
+            clean_checkpoints(self.checkpoints)
+            clean(path / "model")
+            if newest_checkpoint(self.checkpoints) is None:
+                # Nothing was trained here that a new configuration could spoil: a first try may have failed on a wrong option.
+                for name in ("config.yaml", "plan.json"):
+                    (path / name).unlink(missing_ok=True)
+            self.config = _keep_config(path, config)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other processes in."""
+        self._lock.close()
+
+    def append_metrics(self, values: Mapping[str, float]) -> None:
+        """Add one line to metrics.jsonl; a value that is no number in JSON becomes null."""
+        line = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget the lines of steps that will run again, and a last line that was cut."""
+        if not self.metrics.exists():
+            return
+        kept = [line for line in self.metrics.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+    def read_plan(self) -> dict[str, Any] | None:
+        """Give the plan of an earlier start of this run (the fields of a schedule.Plan), or None."""
+        path = self.path / "plan.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def write_plan(self, plan: Mapping[str, Any] | None) -> None:
+        """Keep the plan for every later start."""
+        write_text(self.path / "plan.json", json.dumps(plan, indent=1) + "\n")
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Give the first dotted key whose values differ, with both values; keys that a resumed run may change do not count."""
+    before, now = _leaves(old), _leaves(new)
+    for key in [*now, *(key for key in before if key not in now)]:
+        if key.split(".")[0] not in FREE_KEYS and before.get(key, _ABSENT) != now.get(key, _ABSENT):
+            return key, before.get(key, _ABSENT), now.get(key, _ABSENT)
+    return None
+
+
+def _keep_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Compare with the folder's config.yaml and write the new one; gives it as plain values."""
+    file = path / "config.yaml"
+    text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+    # Compared after the same round trip through YAML, so that a tuple equals its list and 1 equals 1.0.
+    plain = _plain(text)
+    if file.exists():
+        difference = first_difference(_plain(file.read_text(encoding="utf-8")), plain)
+        if difference is not None:
+            key, old, new = difference
+            raise ValueError(
+                f"{path} holds a run with {key}={old}, but this command has {key}={new}: "
+                f"give another run_dir, or {key}={old} to continue that run."
+            )
+    write_text(file, text)
+    return plain
+
+
+def _plain(text: str) -> dict[str, Any]:
+    values = OmegaConf.to_container(OmegaConf.create(text))
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found.update(_leaves(value, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except json.JSONDecodeError:
+        return math.inf
+
+
+def lock_folder(path: Path) -> IO[str]:
+    """Take the folder's lock, until the file is closed or the process ends, however it does.
+
+    Raises ValueError, with the other's process id, when it is taken.
+    """
+    import fcntl  # absent on Windows, where only training is impossible
+
+    file = (path / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read().strip()
+        file.close()
+        raise ValueError(
+            f"Another process (pid {owner}) is writing to {path}: wait for it to end, or give another folder."
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file

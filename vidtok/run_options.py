@@ -1,0 +1,70 @@
+"""Options every training command shares: the only home of their defaults. Light to import, so that `--help` stays fast."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """State where a run lives, how long it lasts and how it steps.
+
+    One optimizer step sees batch_size * gradient_accumulation * processes clips. ema_decay 0 switches averaging off.
+    precision: auto (bf16 where the device computes it fast, else fp32), fp32 or bf16. num_workers null: 0 on CPU, else 2.
+    """
+
+    run_dir: str = MISSING
+    seed: int = 0
+    max_steps: int | None = None
+    max_minutes: float | None = None
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    lr: float = 3e-4
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    clip_norm: float = 1.0
+    ema_decay: float = 0.0
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    precision: str = "auto"
+    num_workers: int | None = None
+    checkpoint_every: int = 500
+    evaluate_every: int = 500
+    log_every: int = 10
+    keep_checkpoints: int = 2
+
+
+def options_from(config: Mapping[str, Any]) -> RunOptions:
+    """Pick the run's options out of a command's plain configuration, where they lie at the top."""
+    return RunOptions(**{option.name: config[option.name] for option in fields(RunOptions) if option.name in config})
+
+
+def check_options(options: RunOptions) -> None:
+    """Raise ValueError for the first option that no run can have."""
+    if options.max_steps is None and options.max_minutes is None:
+        raise ValueError("Neither max_steps nor max_minutes is given: say how long to train, for example max_steps=1000.")
+    counts = ("max_steps", "batch_size", "gradient_accumulation", "checkpoint_every", "evaluate_every", "log_every")
+    for name in (*counts, "keep_checkpoints"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} is not allowed: give a whole number of at least 1.")
+    for name in ("lr", "max_minutes", "clip_norm"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value} is not allowed: give a number above 0.")
+    for name in ("warmup_steps", "weight_decay", "seed", "num_workers"):
+        value = getattr(options, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{name}={value} is not allowed: give 0 or more.")
+    if not 0 <= options.min_lr_ratio <= 1:
+        raise ValueError(f"min_lr_ratio={options.min_lr_ratio} is not allowed: give the last lr as a share of lr, 0 to 1.")
+    if not 0 <= options.ema_decay < 1:
+        raise ValueError(f"ema_decay={options.ema_decay} is not allowed: give 0 (off) or a number below 1, for example 0.999.")
+    if len(options.betas) != 2 or not all(0 <= beta < 1 for beta in options.betas):
+        raise ValueError(f"betas={list(options.betas)} is not allowed: give AdamW's two decay rates, for example [0.9,0.95].")
+    if options.precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"precision={options.precision} is not known: give auto, fp32 or bf16.")

@@ -1,0 +1,290 @@
+"""The token dataset on disk: Parquet shards and a card. Written row by row, read as windows of latent frames."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from glob import escape
+from itertools import accumulate
+from os import W_OK, access
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vidtok.card import CARD_FILE, Card, check_same_tokens
+from vidtok.checkpoints import sync
+from vidtok.run_folder import lock_folder
+
+_SHARDS = "shard-*.parquet"
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One clip: where it comes from, and its tokens.
+
+    start: seconds into the source. frames: pixel frames. indices: integers (t, h, w). actions: integers (t,), or None where the
+    card says num_actions=0.
+    """
+
+    source: str
+    start: float
+    split: str
+    frames: int
+    indices: Tensor
+    actions: Tensor | None = None
+
+
+class TokenWriter:
+    """Write a token dataset, or go on with one: the first rows_done rows of the caller's fixed order are there already.
+
+    A shard appears whole or not at all, so an interruption loses at most rows_per_shard rows, and the finished files are the same
+    as without it. Raises ValueError when the folder holds other tokens or another process writes to it.
+    """
+
+    def __init__(self, folder: str | Path, card: Card, rows_per_shard: int = 64) -> None:
+        if rows_per_shard < 1:
+            raise ValueError(f"rows_per_shard={rows_per_shard} is not allowed: give 1 or more.")
+        self.folder = Path(folder).expanduser()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(self.folder)
+        try:
+            self.card = self._open(card.begun(), rows_per_shard)
+        except BaseException:
+            self._lock.close()
+            raise
+        self._rows_per_shard = rows_per_shard
+        self._rows: list[TokenRow] = []
+        self._num_shards = len(_shards(self.folder))
+        self.rows_done = sum(pq.read_metadata(path).num_rows for path in _shards(self.folder))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def add(self, row: TokenRow) -> None:
+        """Take the next row; raises ValueError when it does not fit the card."""
+        if self.card.complete:
+            raise ValueError(f"{self.folder} is complete with {self.card.rows} rows: give another output folder to encode more.")
+        _check_row(row, self.card)
+        self._rows.append(row)
+        if len(self._rows) == self._rows_per_shard:
+            self._write_shard()
+
+    def finish(self) -> None:
+        """Write the last shard and mark the dataset complete; does nothing when it is."""
+        if self.card.complete:
+            return
+        if self._rows:
+            self._write_shard()
+        if not self.rows_done:
+            raise ValueError(f"No row was added to {self.folder}: the data gave no clip that is long enough.")
+        tables = [pq.read_table(path, columns=["split", "frames"]) for path in _shards(self.folder)]
+        rows = pa.concat_tables(tables)
+        splits, frames = Counter(rows["split"].to_pylist()), sum(rows["frames"].to_pylist())
+        self.card = replace(self.card, complete=True, rows=rows.num_rows, frames=frames, splits=dict(sorted(splits.items())))
+        self.card.save(self.folder)
+
+    def _open(self, card: Card, rows_per_shard: int) -> Card:
+        for leftover in self.folder.glob(".tmp-*"):
+            leftover.unlink()
+        if not (self.folder / CARD_FILE).exists():
+            if _shards(self.folder):
+                raise ValueError(f"{self.folder} holds shards but no {CARD_FILE}: give another output folder.")
+            card.save(self.folder)
+            return card
+        found = Card.load(self.folder)
+        check_same_tokens(found, str(self.folder), card, "this command")
+        if not found.complete:
+            _drop_last_short_shard(self.folder, rows_per_shard)
+        return found
+
+    def _write_shard(self) -> None:
+        name = f"shard-{self._num_shards:05d}.parquet"
+        temporary = self.folder / f".tmp-{name}"
+        pq.write_table(_table(self._rows, self.card), temporary, compression="zstd")
+        sync(temporary)
+        temporary.replace(self.folder / name)
+        self._num_shards += 1
+        self.rows_done += len(self._rows)
+        self._rows = []
+
+
+class TokenDataset(Dataset[dict[str, Tensor]]):
+    """Every window of `window` latent frames in one split: {"indices": int64 (t, h, w), "actions": int64 (t,)}.
+
+    Actions are zeros where none are recorded. Opened through Hugging Face datasets: an Arrow cache, mapped into memory and read
+    by slices. Raises ValueError for a dataset that is not complete, a split without rows, a window longer than every row and,
+    when read, ids outside the codebook.
+    """
+
+    def __init__(self, folder: str | Path, split: str, window: int) -> None:
+        self.folder = Path(folder).expanduser()
+        self.card = Card.load(self.folder)
+        self.window = window
+        if not self.card.complete:
+            raise ValueError(f"{self.folder} is not complete: run its vidtok-encode command again, it goes on where it stopped.")
+        self._data = _open_shards(self.folder)
+        self._chunk_starts = [0, *accumulate(len(chunk) for chunk in self._data.data.column("tokens").chunks)]
+        splits = self._column("split")
+        self._rows = [row for row, name in enumerate(splits) if name == split]
+        if not self._rows:
+            raise ValueError(f"{self.folder} has no row of split {split!r}: it has {dict(Counter(splits))}.")
+        self._sources, self._lengths = self._column("source"), self._column("t")
+        self._check_grid()
+        longest = max(self._lengths[row] for row in self._rows)
+        if not 1 <= window <= longest:
+            raise ValueError(
+                f"A window of {window} latent frames does not fit {self.folder}, where the longest row of split {split!r} "
+                f"has {longest}: use a window of 1 to {longest}, or encode longer clips."
+            )
+        self._ends = list(accumulate(self._num_starts(row) for row in self._rows))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        place = bisect_right(self._ends, index)
+        row = self._rows[place]
+        start = index - (self._ends[place - 1] if place else 0)
+        indices = self._indices(row, start, start + self.window)
+        return {"indices": indices, "actions": self._actions(row, start, start + self.window)}
+
+    def rows(self) -> Iterator[Tensor]:
+        """Give the indices of every whole row, int64 (1, t, h, w), one at a time, for counting."""
+        for row in self._rows:
+            yield self._indices(row, 0, self._lengths[row])[None]
+
+    def _num_starts(self, row: int) -> int:
+        if self._lengths[row] < self.window:
+            return 0
+        # With a temporal stride the first latent frame of a row stands for one pixel frame and every later one for several:
+        # a window from the middle would show the model a first frame of a kind that no encoding begins with.
+        return self._lengths[row] - self.window + 1 if self.card.stride_t == 1 else 1
+
+    def _indices(self, row: int, first: int, last: int) -> Tensor:
+        height, width = self.card.grid_height, self.card.grid_width
+        ids = self._values("tokens", row, self._lengths[row], height * width)[first * height * width : last * height * width]
+        return rearrange(self._checked(ids, self.card.codebook_size, "token id", row), "(t h w) -> t h w", h=height, w=width)
+
+    def _actions(self, row: int, first: int, last: int) -> Tensor:
+        if not self.card.num_actions:
+            return torch.zeros(last - first, dtype=torch.int64)
+        actions = self._values("actions", row, self._lengths[row], 1)[first:last]
+        return self._checked(actions, self.card.num_actions, "action", row)
+
+    def _values(self, column: str, row: int, num_frames: int, per_frame: int) -> Any:
+        """Give a row's list as an Arrow array that still lies in the mapped file."""
+        chunk_number = bisect_right(self._chunk_starts, row) - 1
+        chunk = self._data.data.column(column).chunk(chunk_number)
+        place = row - self._chunk_starts[chunk_number]
+        begin, end = chunk.offsets[place].as_py(), chunk.offsets[place + 1].as_py()
+        if end - begin != num_frames * per_frame:
+            raise ValueError(
+                f"{self.folder}: the row of {self._sources[row]!r} has {end - begin} {column}, "
+                f"its {num_frames} latent frames need {num_frames * per_frame}: encode the data again."
+            )
+        return chunk.values.slice(begin, end - begin)
+
+    def _checked(self, values: Any, limit: int, kind: str, row: int) -> Tensor:
+        """Refuse a value outside [0, limit) here, where it has a name; on a GPU it would end the process without one."""
+        array = values.to_numpy(zero_copy_only=False).astype(np.int64)
+        wrong = array[(array < 0) | (array >= limit)]
+        if len(wrong):
+            size = f"codebook_size={limit}" if kind == "token id" else f"num_actions={limit}"
+            raise ValueError(
+                f"{self.folder}: {kind} {wrong[0]} in the row of {self._sources[row]!r} does not fit {size} (0 to {limit - 1}): "
+                "encode the data again."
+            )
+        return torch.from_numpy(array)
+
+    def _check_grid(self) -> None:
+        expected = (self.card.grid_height, self.card.grid_width)
+        for source, *grid in zip(self._sources, self._column("h"), self._column("w"), strict=True):
+            if tuple(grid) != expected:
+                raise ValueError(f"{self.folder}: the row of {source!r} has grid {grid}, the card {expected}: encode it again.")
+
+    def _column(self, name: str) -> list[Any]:
+        return list(self._data.data.column(name).to_pylist())
+
+
+def _open_shards(folder: Path) -> Any:
+    """Open the shards as a datasets.Dataset, without a line of output; the Arrow cache lies in the folder if that is writable."""
+    import datasets
+
+    was_quiet = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        # The paths are read as glob patterns, and a folder may well be called runs/size=[64,64].
+        paths = [escape(str(path.resolve())) for path in _shards(folder)]
+        return datasets.Dataset.from_parquet(paths, cache_dir=str(folder / ".cache") if access(folder, W_OK) else None)
+    finally:
+        if not was_quiet:
+            datasets.enable_progress_bars()
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob(_SHARDS))
+
+
+def _drop_last_short_shard(folder: Path, rows_per_shard: int) -> None:
+    """Remove the remainder that `finish` wrote before it was cut off, so that the next shard begins where it would have."""
+    counts = [pq.read_metadata(path).num_rows for path in _shards(folder)]
+    if counts and counts[-1] < rows_per_shard:
+        _shards(folder)[-1].unlink()
+        counts.pop()
+    if any(count != rows_per_shard for count in counts):
+        raise ValueError(f"{folder} was begun with rows_per_shard={counts[0]}, now it is {rows_per_shard}: use the old value.")
+
+
+def _check_row(row: TokenRow, card: Card) -> None:
+    time, *grid = row.indices.shape
+    if row.indices.ndim != 3 or grid != [card.grid_height, card.grid_width] or row.frames != 1 + (time - 1) * card.stride_t:
+        raise ValueError(
+            f"Row {row.source!r}: indices {tuple(row.indices.shape)} for {row.frames} frames do not fit a grid of "
+            f"{card.grid_height}x{card.grid_width} with stride_t={card.stride_t}."
+        )
+    _check_values(row.source, "token ids", row.indices, card.codebook_size)
+    if (row.actions is None) != (card.num_actions == 0):
+        found = "missing" if row.actions is None else "given"
+        raise ValueError(f"Row {row.source!r}: actions are {found}, but the card says num_actions={card.num_actions}.")
+    if row.actions is not None:
+        if row.actions.shape != (time,):
+            shape = tuple(row.actions.shape)
+            raise ValueError(f"Row {row.source!r}: actions of shape {shape}, expected ({time},), one a latent frame.")
+        _check_values(row.source, "actions", row.actions, card.num_actions)
+
+
+def _check_values(source: str, kind: str, values: Tensor, limit: int) -> None:
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= limit:
+        raise ValueError(f"Row {source!r}: {kind} go from {low} to {high}, allowed are 0 to {limit - 1}.")
+
+
+def _table(rows: Sequence[TokenRow], card: Card) -> pa.Table:
+    shapes = [tuple(row.indices.shape) for row in rows]
+    tokens = [row.indices.reshape(-1).numpy().astype(card.value_dtype) for row in rows]
+    actions = [None if row.actions is None else row.actions.numpy().astype(np.int32) for row in rows]
+    return pa.table(
+        {
+            "source": pa.array([row.source for row in rows], pa.string()),
+            "start": pa.array([row.start for row in rows], pa.float64()),
+            "split": pa.array([row.split for row in rows], pa.string()),
+            "frames": pa.array([row.frames for row in rows], pa.int32()),
+            **{name: pa.array([shape[axis] for shape in shapes], pa.int32()) for axis, name in enumerate("thw")},
+            "tokens": pa.array(tokens, pa.list_(pa.from_numpy_dtype(card.value_dtype))),
+            "actions": pa.array(actions, pa.list_(pa.int32())),
+        }
+    )
