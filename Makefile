@@ -13,7 +13,7 @@ help: ## show this list
 
 install: $(STAMP) ## create .venv and install the project with its development tools
 
-demo: $(STAMP) ## train on moving digits and predict frames, no download (ARGS="key=value ..." changes it)
+demo: $(STAMP) ## from game video to predicted frames and a report, no download (ARGS="key=value ..." changes it)
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/vidgpt-demo $(ARGS)
 
 check: $(STAMP) ## lint, formatting, types

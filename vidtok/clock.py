@@ -26,14 +26,17 @@ class RunClock:
 
     @property
     def plan(self) -> Plan | None:
-        """Give the plan of a run limited by minutes alone, once it is measured."""
-        return Plan(**self._state.plan) if self._state.plan and not self._options.max_steps else None
+        """Give the plan of a run limited by minutes, once it is measured."""
+        return Plan(**self._state.plan) if self._state.plan and self._options.max_minutes is not None else None
 
     @property
     def horizon(self) -> int | None:
         """Give the last step of the schedule; None while a run limited by minutes is still being measured."""
-        plan = self.plan
-        return plan.horizon if plan else self._options.max_steps
+        plan, steps = self.plan, self._options.max_steps
+        if plan is None:
+            return steps if self._options.max_minutes is None else None
+        # The schedule ends where the run does: steps that do not fit into the minutes would leave the rate high at the end.
+        return plan.horizon if steps is None else min(plan.horizon, steps)
 
     @property
     def is_finished(self) -> bool:
@@ -101,18 +104,22 @@ class RunClock:
         state, folder = self._state, self._options.run_dir
         if status > SIGNALLED:
             return f"Stopped after step {state.step}; saved in {folder}. The same command continues from there."
-        reason = f"the {self._options.max_minutes} minutes are used up" if status == TIME_IS_UP else "all steps are done"
+        minutes, plan = self._options.max_minutes, self.plan
+        reason = f"the {minutes} minutes are used up" if status == TIME_IS_UP else "all steps are done"
+        if status == ALL_STEPS and plan is not None and plan.horizon == state.step:
+            reason = f"all steps that fit into {minutes} minutes are done"
         best = "" if state.best is None else f", best {best_key} {state.best:.4g} at step {state.best_step}"
         return f"Finished at step {state.step}: {reason}{best}; the model is in {folder}/model."
 
     def _is_at_horizon(self) -> bool:
-        return self.horizon is not None and self._state.step >= self.horizon
+        ends = [steps for steps in (self.horizon, self._options.max_steps) if steps is not None]
+        return bool(ends) and self._state.step >= min(ends)
 
 
 def renew_plan(options: RunOptions, state: TrainState) -> bool:
     """Plan again, from the old measurements, when a run is continued with other max_minutes; tells whether it did."""
     plan = Plan(**state.plan) if state.plan else None
-    if plan is None or options.max_steps or options.max_minutes is None or plan.max_minutes == options.max_minutes:
+    if plan is None or options.max_minutes is None or plan.max_minutes == options.max_minutes:
         return False
     state.plan = _with_horizon(replace(plan, max_minutes=options.max_minutes), options, state)
     return True

@@ -28,6 +28,11 @@ class Quantizer(nn.Module):
 
     codebook_size: int
 
+    @property
+    def is_filled(self) -> bool:
+        """Tell whether there is a codebook to encode with: one made from data waits for the first quantised batch."""
+        return True
+
     def forward(self, latents: Tensor) -> Quantized:
         """Quantise latents (B, D, t, h, w)."""
         shape = dict(zip("bthw", (latents.shape[0], *latents.shape[2:]), strict=True))
@@ -100,10 +105,15 @@ class VQuantizer(Quantizer):
             sync_codebook=is_distributed,
         )
 
+    @property
+    def is_filled(self) -> bool:
+        """Tell whether k-means has run."""
+        return bool(self.vq._codebook.initted)
+
     def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Move every latent to its nearest code; in training mode the codebook follows."""
         codebook = self.vq._codebook
-        if not self.training and not bool(codebook.initted):
+        if not self.training and not self.is_filled:
             # The library would fill the codebook from whatever is encoded first, even in eval mode.
             raise ValueError(
                 "the codebook was never filled: train on, past unquantized_steps, before encoding with this tokenizer"

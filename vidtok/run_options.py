@@ -12,6 +12,7 @@ class RunOptions:
     """State where a run lives, how long it lasts and how it steps.
 
     One optimizer step sees batch_size * gradient_accumulation * processes clips. ema_decay 0 switches averaging off.
+    max_steps and max_minutes together: the schedule is planned for whichever ends first, at step 25 and for good.
     precision: auto (bf16 where the device computes it fast, else fp32), fp32 or bf16. num_workers null: 0 on CPU, else 2.
     """
 

@@ -1,5 +1,6 @@
 """Training of the tokenizer: one visible loop."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,19 +84,21 @@ def train_tokenizer(
 def evaluate_tokenizer(
     runner: Runner, model: nn.Module, clips: Dataset[Tensor], options: TrainTokenizerOptions
 ) -> dict[str, float]:
-    """Give loss, PSNR and codebook health over held-out clips, and write real over reconstructed frames into samples/."""
+    """Give loss, PSNR and codebook health over held-out clips, and write real over reconstructed frames into samples/.
+
+    The loss is infinite while the codebook is still empty, so that such a model is never the best one.
+    """
     assert isinstance(model, VidTokModel)
+    if not model.quantizer.is_filled:
+        return {"validation_loss": math.inf}
     losses, codes, frames = [], CodeMeter(model.config.codebook_size), FrameMeter()
     picture: np.ndarray | None = None
     for video in runner.evaluation_batches(clips, options.evaluation_clips):
-        if runner.step <= options.unquantized_steps:
-            reconstruction = model(video, is_quantized=False).reconstruction.float()
-        else:
-            indices = model.encode(video)
-            codes.update(indices.cpu())
-            reconstruction = model.decode(indices)
+        indices = model.encode(video)
+        codes.update(indices.cpu())
+        reconstruction = model.decode(indices)
         losses.append(float(reconstruction_loss(reconstruction, video, options.loss)))
-        frames.update(psnr_by_frame(reconstruction.clamp(-1, 1), video).cpu())
+        frames.update(psnr_by_frame(reconstruction, video).cpu())
         if picture is None:
             picture = _picture(video[0], reconstruction[0])
     if picture is not None:

@@ -343,9 +343,12 @@ class FakeTime:
         return self.now
 
 
-def test_minutes_become_a_plan_that_a_resumed_run_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("max_steps", [None, 1_000_000])
+def test_minutes_become_a_plan_that_a_resumed_run_keeps(
+    max_steps: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("vidtok.clock.time", FakeTime())
-    config = settings(tmp_path, max_steps=None, max_minutes=0.6, evaluate_every=1000, checkpoint_every=1000)
+    config = settings(tmp_path, max_steps=max_steps, max_minutes=0.6, evaluate_every=1000, checkpoint_every=1000)
     train(config, stop_after=30)
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["planned_at"] == read_state(tmp_path / "checkpoints" / "step_000025").step == 25 < 30 < plan["horizon"]
@@ -359,13 +362,20 @@ def test_minutes_become_a_plan_that_a_resumed_run_keeps(tmp_path: Path, monkeypa
     assert rates[-1] == pytest.approx(0.001) and len(rates) == plan["horizon"]
 
 
+def test_steps_that_fit_into_the_minutes_keep_their_own_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vidtok.clock.time", FakeTime())
+    train(settings(tmp_path, max_steps=60, max_minutes=60.0, evaluate_every=1000, checkpoint_every=1000))
+    rates = [line["lr"] for line in curve(tmp_path) if "lr" in line]
+    assert rates[-1] == pytest.approx(0.001) and len(rates) == 60
+
+
 def test_a_run_whose_minutes_are_up_before_its_steps_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("vidtok.clock.time", FakeTime())
     config = settings(tmp_path, max_steps=1000, max_minutes=0.05)
     train(config)
-    assert "the 0.05 minutes are used up, best validation_loss" in capsys.readouterr().out
+    assert "all steps that fit into 0.05 minutes are done, best validation_loss" in capsys.readouterr().out
     checkpoint = newest_checkpoint(tmp_path / "checkpoints")
     assert checkpoint is not None and 3 < read_state(checkpoint).step < 30
     train(config)
@@ -373,6 +383,16 @@ def test_a_run_whose_minutes_are_up_before_its_steps_is_finished(
     assert newest_checkpoint(tmp_path / "checkpoints") == checkpoint
     train(config | {"max_minutes": 0.1})
     assert newest_checkpoint(tmp_path / "checkpoints") != checkpoint
+
+
+def test_a_machine_that_slows_down_ends_the_run_with_the_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = FakeTime()
+    monkeypatch.setattr("vidtok.clock.time", clock)
+    monkeypatch.setattr(clock, "monotonic", lambda: setattr(clock, "now", clock.now + 20.0) or clock.now)
+    train(settings(tmp_path, max_steps=None, max_minutes=0.6))
+    assert "the 0.6 minutes are used up" in capsys.readouterr().out
 
 
 def test_evaluation_leaves_model_and_random_numbers_of_training_alone(straight: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def choose_actions(options: AtariOptions, split: Split, index: int, num_actions:
     A pure function of its arguments; each action is held for 1 to action_repeat frames.
     """
     draw = np.random.default_rng([options.seed, ("train", "validation").index(split), index])
-    idle = int(draw.integers(0, options.noop_max + 1))
+    idle = int(draw.integers(0, options.noop_max + 1)) + (options.validation_start if split == "validation" else 0)
     choices = draw.integers(0, num_actions, options.max_frames)
     holds = draw.integers(1, options.action_repeat + 1, options.max_frames)
     actions = np.concatenate([np.zeros(1, np.int64), np.repeat(choices, holds)])

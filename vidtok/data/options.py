@@ -62,6 +62,7 @@ class AtariOptions:
     crop: list[int] | None = None  # top, bottom, left, right in pixels of the screen
     action_repeat: int = 8  # each action is held for 1 to this many recorded frames
     noop_max: int = 30  # up to this many idle screens first, so that episodes differ
+    validation_start: int = 0  # idle screens more before a validation episode: a game that starts alike each time is met later
     seed: int = 0
     cache_dir: str | None = None  # null is the platform's user cache
 
@@ -69,7 +70,8 @@ class AtariOptions:
         _check_size("data.size", self.size)
         _check_seed(self.seed)
         for name, least in (("episodes", 1), ("validation_episodes", 0), ("max_frames", 1), ("frame_skip", 1),
-                            ("action_repeat", 1), ("noop_max", 0)):  # fmt: skip
+                            ("action_repeat", 1), ("noop_max", 0),
+                            ("validation_start", 0)):  # fmt: skip
             _check_at_least(f"data.{name}", getattr(self, name), least)
         if self.crop is not None:
             _check_crop(self.crop)
