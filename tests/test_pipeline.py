@@ -174,6 +174,19 @@ def test_a_users_mistake_is_one_sentence_and_status_2(overrides, sentence, work:
     assert not (tmp_path / "out").exists()
 
 
+def test_held_out_clips_shorter_than_the_window_are_used_at_their_length(work: Path, tmp_path, capsys) -> None:
+    model = [option for option in MODEL if "window" not in option]
+    assert (
+        run(train_gpt, capsys, f"tokens={work / 'tokens'}", f"run_dir={tmp_path / 'gpt'}", *model, *RUN, "model.window=20")[0]
+        == 0
+    )
+    lines = [json.loads(line) for line in (tmp_path / "gpt" / "metrics.jsonl").read_text().splitlines()]
+    assert any("validation_loss" in line for line in lines)
+    arguments = [f"checkpoint={tmp_path / 'gpt'}", f"tokens={work / 'tokens'}", f"output={tmp_path / 'out'}"]
+    status, error = run(evaluate, capsys, *arguments, "context=18")
+    assert status == 2 and "window is 20 frames, the longest clip of split 'validation' has 16" in error
+
+
 def test_an_empty_folder_is_one_sentence(tmp_path, capsys) -> None:
     (tmp_path / "empty").mkdir()
     status, error = run(

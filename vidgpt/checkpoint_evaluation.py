@@ -1,6 +1,6 @@
 """Evaluate a trained folder on a token dataset and write what was found."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from vidgpt.config import VidGPTConfig
-from vidgpt.evaluation import TokenReport, evaluate_tokens
+from vidgpt.evaluation import TokenReport, evaluate_rollouts, evaluate_tokens
 from vidgpt.layout import TokenLayout
 from vidgpt.metrics import TokenCounts
 from vidgpt.model import VidGPTForCausalLM
@@ -20,7 +20,7 @@ from vidgpt.rollout import stream_tokens
 from vidgpt.sampling import SamplingOptions
 from vidtok.card import Card, check_cards
 from vidtok.folders import load_model, model_folder
-from vidtok.tokens import TokenDataset
+from vidtok.tokens import TokenDataset, longest_row
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> TokenReport:
@@ -32,9 +32,14 @@ def evaluate_checkpoint(options: EvaluateOptions) -> TokenReport:
     model, card = load_model(VidGPTForCausalLM, folder), Card.load(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     check_cards(card, f"the checkpoint {options.checkpoint}", Card.load(options.tokens), f"the tokens {options.tokens}")
-    layout, window = TokenLayout.from_config(model.config), model.config.window
+    layout = TokenLayout.from_config(model.config)
+    longest = longest_row(options.tokens, options.split)
+    window = min(model.config.window, longest)
     if not 1 <= options.context < window:
-        raise ValueError(f"context={options.context} leaves nothing of the window of {window} frames: use 1 to {window - 1}")
+        raise ValueError(
+            f"context={options.context} leaves nothing to predict: the model's window is {model.config.window} frames, the longest clip of "
+            f"split {options.split!r} has {longest}; give a smaller context or longer clips"
+        )
     clips = TokenDataset(options.tokens, options.split, window)
     report = _measure(model, layout, clips, _counts(options, layout), options)
     report.write(options.output)
@@ -46,25 +51,26 @@ def evaluate_checkpoint(options: EvaluateOptions) -> TokenReport:
 def _measure(
     model: VidGPTForCausalLM, layout: TokenLayout, clips: TokenDataset, counts: TokenCounts, options: EvaluateOptions
 ) -> TokenReport:
-    sampling = SamplingOptions(**asdict(options.sampling))
+    sampling, done, size = SamplingOptions(**asdict(options.sampling)), 0, options.batch_size
 
     def generate(context: Tensor, future: int, actions: Tensor | None) -> Tensor:
-        return torch.stack(
-            list(stream_tokens(model, context, future, seed=options.seed, options=sampling, actions=actions)), dim=1
-        )
+        nonlocal done
+        stream = stream_tokens(model, context, future, seed=options.seed, options=sampling, actions=actions, first_sequence=done)
+        done += len(context)
+        return torch.stack(list(stream), dim=1)
 
     with Progress(transient=True) as progress:
-        forced = progress.add_task("teacher-forced", total=min(options.clips, len(clips)))
+        scored, rolled = min(options.clips, len(clips)), min(options.rollout_clips, len(clips))
+        forced, free = progress.add_task("teacher-forced", total=scored), progress.add_task("free-running", total=rolled)
         report = evaluate_tokens(
-            model, layout, _batches(clips, options.clips, layout, options.batch_size), counts, options.context, None,
-            batch_size=options.batch_size, progress=lambda done: progress.update(forced, completed=done),
+            model, layout, _batches(clips, scored, layout, size), counts, options.context, None,
+            batch_size=size, progress=lambda count: progress.update(forced, completed=count),
         )  # fmt: skip
-        free = progress.add_task("free-running", total=min(options.rollout_clips, len(clips)))
-        rollout = evaluate_tokens(
-            model, layout, _batches(clips, options.rollout_clips, layout, options.rollout_clips), counts, options.context, generate,
-            batch_size=options.rollout_clips, progress=lambda done: progress.update(free, completed=done),
+        rollout = evaluate_rollouts(
+            layout, _batches(clips, rolled, layout, 2 * size), options.context, generate,
+            batch_size=2 * size, progress=lambda count: progress.update(free, completed=count),
         )  # fmt: skip
-    return TokenReport(report.clips, options.context, report.teacher_forced, rollout.free_running)
+    return replace(report, free_running=rollout)
 
 
 def _counts(options: EvaluateOptions, layout: TokenLayout) -> TokenCounts:

@@ -127,6 +127,25 @@ def evaluate_tokens(
     return TokenReport(done, context, meters, rollout)
 
 
+def evaluate_rollouts(
+    layout: TokenLayout,
+    clips: Iterable[Batch],
+    context: int,
+    generate: Generate,
+    *,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> RolloutMeter:
+    """Evaluate the free-running regime alone; arguments and errors as in evaluate_tokens."""
+    meter, done = RolloutMeter((layout.height, layout.width)), 0
+    for indices, actions in _small_batches(clips, context, batch_size):
+        _roll_out(meter, generate, indices, actions, context)
+        done += len(indices)
+        if progress is not None:
+            progress(done)
+    return meter
+
+
 def _small_batches(clips: Iterable[Batch], context: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Cut batches into pieces of at most batch_size clips; raises ValueError on clips that leave nothing to predict."""
     for batch in clips:

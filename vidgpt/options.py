@@ -5,8 +5,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from vidtok.options import EncodeOptions, TrainTokenizerOptions
 from vidtok.run_options import RunOptions
-from vidtok.train_options import EncodeOptions, TrainTokenizerOptions
 
 
 @dataclass(frozen=True)

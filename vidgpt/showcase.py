@@ -15,12 +15,14 @@ from vidgpt.evaluation import TokenReport
 from vidgpt.options import DemoOptions
 from vidgpt.pages import write_demo_report
 from vidgpt.pixels import PixelReport, evaluate_pixels
+from vidgpt.report import strip_image
 from vidgpt.rollout import Predictor
 from vidgpt.training import train_gpt
+from vidtok.card import Card
 from vidtok.data import build_episodes
 from vidtok.encoding import encode_dataset
 from vidtok.training import train_tokenizer
-from vidtok.video import to_video
+from vidtok.video import to_frames, to_video, write_png, write_video
 
 
 def run_demo(options: DemoOptions, config: Mapping[str, Any]) -> Path:
@@ -47,8 +49,11 @@ def run_demo(options: DemoOptions, config: Mapping[str, Any]) -> Path:
         f"vidgpt-evaluate checkpoint={run_dir}/gpt tokens={run_dir}/tokens output={run_dir}/evaluation",
     )
     tokens = evaluate_checkpoint(options.evaluation)
-    stage(5, "predict held-out frames", f"vidgpt-predict checkpoint={run_dir}/gpt input=FILE output={run_dir}/prediction")
+    stage(
+        5, "predict held-out frames", f"vidgpt-predict checkpoint={run_dir}/gpt input={run_dir}/held_out.mp4 start=0 output=out"
+    )
     pixels = predict_held_out(options)
+    _write_example(run_dir, options, pixels)
     (run_dir / "pixels.json").write_text(json.dumps({"psnr_db_mean_by_horizon": pixels.psnr_db}, indent=1) + "\n")
     report = write_demo_report(run_dir, options, tokens, pixels, _durations(seconds), config)
     for line in summary_lines(tokens, pixels):
@@ -76,6 +81,14 @@ def held_out_clips(options: DemoOptions) -> tuple[Tensor, Tensor]:
             taken = np.zeros(length, np.int64) if episode.actions is None else episode.actions[start : start + length]
             actions.append(torch.as_tensor(np.array(taken)))
     return torch.stack(videos[: options.pixel_clips]), torch.stack(actions[: options.pixel_clips])
+
+
+def _write_example(run_dir: Path, options: DemoOptions, pixels: PixelReport) -> None:
+    """Write one clip as a film strip, and as a video to try vidgpt-predict on."""
+    middle = len(pixels.real) // 2
+    real, predicted = to_frames(pixels.real[middle]), to_frames(pixels.predicted[middle])
+    write_png(run_dir / "prediction.png", strip_image({"real": real, "predicted": predicted}, options.context))
+    write_video(run_dir / "held_out.mp4", real, Card.load(options.encoding.output).fps)
 
 
 def summary_lines(tokens: TokenReport, pixels: PixelReport) -> list[str]:

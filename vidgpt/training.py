@@ -17,7 +17,7 @@ from vidgpt.options import TrainGPTOptions
 from vidtok.card import Card
 from vidtok.folders import copy_folder, save_model
 from vidtok.runner import Runner, build_optimizer
-from vidtok.tokens import TokenDataset
+from vidtok.tokens import TokenDataset, longest_row
 
 
 def train_gpt(options: TrainGPTOptions, model: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
@@ -30,7 +30,7 @@ def train_gpt(options: TrainGPTOptions, model: Mapping[str, Any], config: Mappin
     layout = TokenLayout.from_config(model_config)
     with Runner(options, config, name="vidgpt-train", best="validation_loss") as runner:
         clips = TokenDataset(options.tokens, "train", model_config.window)
-        held_out = _held_out(options, model_config)
+        held_out = _held_out(runner, options, model_config)
         network: nn.Module = VidGPTForCausalLM(model_config)
         network, optimizer = runner.prepare(network, build_optimizer(network, options))
         if not runner.is_finished:
@@ -91,8 +91,17 @@ def evaluate_gpt(
     return {name: float(value) for name, key in names.items() if (value := figures[key]) is not None}
 
 
-def _held_out(options: TrainGPTOptions, config: VidGPTConfig) -> TokenDataset | None:
-    return TokenDataset(options.tokens, "validation", config.window) if "validation" in Card.load(options.tokens).splits else None
+def _held_out(runner: Runner, options: TrainGPTOptions, config: VidGPTConfig) -> TokenDataset | None:
+    """Open the held-out clips; those of a short video may be shorter than the window, and are used as they are."""
+    longest = longest_row(options.tokens, "validation")
+    if longest < 2:
+        runner.say("no held-out clips: the model cannot be evaluated while it trains; encode with a larger data.validation")
+        return None
+    if longest < config.window:
+        runner.say(
+            f"held-out clips are {longest} latent frames long, the window is {config.window}: they are evaluated at their length"
+        )
+    return TokenDataset(options.tokens, "validation", min(config.window, longest))
 
 
 def _report(

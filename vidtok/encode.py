@@ -3,8 +3,8 @@
 from typing import Any
 
 from vidtok.cli import entry
+from vidtok.options import EncodeOptions
 from vidtok.schema import build_options, register_schemas
-from vidtok.train_options import EncodeOptions
 
 
 @entry(

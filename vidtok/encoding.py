@@ -14,8 +14,8 @@ from vidtok.data import Episode, EpisodeSet, build_episodes
 from vidtok.data.episodes import write_rejects
 from vidtok.folders import copy_folder, load_model, model_folder
 from vidtok.model import VidTokModel
+from vidtok.options import EncodeOptions
 from vidtok.tokens import TokenRow, TokenWriter
-from vidtok.train_options import EncodeOptions
 from vidtok.video import to_video
 
 ROW_FRAMES = 1024

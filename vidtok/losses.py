@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vidtok.train_options import LossOptions
+from vidtok.options import LossOptions
 
 
 def motion_weights(video: Tensor, options: LossOptions) -> Tensor:

@@ -3,8 +3,8 @@
 from typing import Any
 
 from vidtok.cli import entry
+from vidtok.options import ReconstructOptions
 from vidtok.schema import build_options
-from vidtok.train_options import ReconstructOptions
 
 
 @entry("vidtok_reconstruct", "vidtok-reconstruct checkpoint=runs/tok input=clip.mp4 output=out", ReconstructOptions)

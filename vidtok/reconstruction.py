@@ -9,7 +9,7 @@ import torch
 from vidtok.folders import load_model
 from vidtok.metrics import CodeMeter, psnr_by_frame, ssim_by_frame
 from vidtok.model import VidTokModel
-from vidtok.train_options import ReconstructOptions
+from vidtok.options import ReconstructOptions
 from vidtok.video import probe, read_frames, resize_frames, to_frames, to_video, write_video
 
 

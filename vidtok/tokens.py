@@ -220,6 +220,13 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         return list(self._data.data.column(name).to_pylist())
 
 
+def longest_row(folder: str | Path, split: str) -> int:
+    """Give the latent frames of the longest row of a split, 0 where it has none."""
+    paths = _shards(Path(folder).expanduser())
+    columns = [pq.read_table(path, columns=["split", "t"]).to_pydict() for path in paths]
+    return max((t for table in columns for name, t in zip(table["split"], table["t"], strict=True) if name == split), default=0)
+
+
 def _open_shards(folder: Path) -> Any:
     """Open the shards as a datasets.Dataset, without a line of output; the Arrow cache lies in the folder if that is writable."""
     import datasets

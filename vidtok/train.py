@@ -3,8 +3,8 @@
 from typing import Any
 
 from vidtok.cli import entry
+from vidtok.options import TrainTokenizerOptions
 from vidtok.schema import build_options, register_schemas
-from vidtok.train_options import TrainTokenizerOptions
 
 
 @entry(

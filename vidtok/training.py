@@ -18,8 +18,8 @@ from vidtok.folders import save_model
 from vidtok.losses import reconstruction_loss
 from vidtok.metrics import CodeMeter, FrameMeter, psnr_by_frame
 from vidtok.model import VidTokModel
+from vidtok.options import TrainTokenizerOptions
 from vidtok.runner import Runner, build_optimizer
-from vidtok.train_options import TrainTokenizerOptions
 from vidtok.video import to_frames, write_png
 
 
@@ -53,9 +53,7 @@ def train_tokenizer(
         _check_frame(episodes, model_config)
         write_rejects(runner.path / "rejects.csv", episodes.rejects)
         clips = GappedClips(episodes, "train", options.clip_frames, options.frame_gap)
-        held_out = (
-            GappedClips(episodes, "validation", options.clip_frames, options.frame_gap) if episodes.split("validation") else None
-        )
+        held_out = _held_out(runner, episodes, options)
         model: nn.Module = VidTokModel(model_config).to(memory_format=torch.channels_last)
         model, optimizer = runner.prepare(model, build_optimizer(model, options))
         if not runner.is_finished:
@@ -104,6 +102,18 @@ def evaluate_tokenizer(
     if picture is not None:
         write_png(runner.path / "samples" / f"step_{runner.step:06d}.png", picture)
     return {"validation_loss": float(np.mean(losses)), "validation_psnr_db": frames.mean(), **codes.summary()}
+
+
+def _held_out(runner: Runner, episodes: EpisodeSet, options: TrainTokenizerOptions) -> GappedClips | None:
+    needed = 1 + (options.clip_frames - 1) * options.frame_gap
+    longest = max((len(episode.frames) for episode in episodes.split("validation")), default=0)
+    if longest < needed:
+        runner.say(
+            f"no held-out clips: a clip needs {needed} frames and the longest held-out episode has {longest}, so the last model is kept, "
+            "not the best; lower clip_frames or raise data.validation"
+        )
+        return None
+    return GappedClips(episodes, "validation", options.clip_frames, options.frame_gap)
 
 
 def _picture(video: Tensor, reconstruction: Tensor) -> np.ndarray:

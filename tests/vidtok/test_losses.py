@@ -1,7 +1,7 @@
 import torch
 
 from vidtok.losses import motion_weights, reconstruction_loss
-from vidtok.train_options import LossOptions
+from vidtok.options import LossOptions
 
 
 def moving_dot() -> torch.Tensor:
