@@ -59,7 +59,7 @@ def test_replaying_the_recorded_actions_in_a_fresh_emulator_gives_the_same_frame
     options = AtariOptions(game=game, episodes=3, validation_episodes=0, max_frames=40, size=[210, 160], cache_dir=str(tmp_path))
     episode = atari.build(options).episodes[2]
     assert episode.actions is not None
-    idle = atari.atari.choose_actions(options, "train", 2, 6)[1]
+    idle = atari.choose_actions(options, "train", 2, 6)[1]
     emulator = ALEInterface()
     emulator.setFloat("repeat_action_probability", 0.0)
     emulator.setInt("random_seed", 0)
@@ -78,7 +78,7 @@ def test_replaying_the_recorded_actions_in_a_fresh_emulator_gives_the_same_frame
 
 def test_actions_are_held_for_one_to_action_repeat_frames() -> None:
     options = AtariOptions(max_frames=2000, action_repeat=3)
-    actions, idle = atari.atari.choose_actions(options, "train", 0, 1000)
+    actions, idle = atari.choose_actions(options, "train", 0, 1000)
     runs = np.diff(np.flatnonzero(np.diff(actions, prepend=-1, append=-1)))
     assert actions.shape == (2000,) and 0 <= idle <= 30
     # Of 1000 actions, two equal ones in a row are rare; the first run is the still frame.
