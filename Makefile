@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install demo check test test-slow wheel clean
+.PHONY: help install demo check test test-slow test-gpu wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -26,6 +26,9 @@ test: $(STAMP) ## the default tests, a few minutes on two cores
 
 test-slow: $(STAMP) ## the slow tests: whole commands, the built wheel
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not gpu" $(ARGS)
+
+test-gpu: $(STAMP) ## the tests that need a GPU
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 wheel: $(STAMP) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --no-isolation

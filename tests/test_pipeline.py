@@ -187,6 +187,24 @@ def test_held_out_clips_shorter_than_the_window_are_used_at_their_length(work: P
     assert status == 2 and "window is 20 frames, the longest clip of split 'validation' has 16" in error
 
 
+def test_the_window_fits_the_clips_by_itself_and_one_that_does_not_is_refused_by_name(work: Path, tmp_path, capsys) -> None:
+    status, error = run(
+        train_gpt, capsys, f"tokens={work / 'tokens'}", f"run_dir={tmp_path / 'a'}", *MODEL, *RUN, "model.window=30"
+    )
+    assert status == 2 and "use model.window=24 or less" in error
+    data = ["data=digits", "data.episodes=4", "data.validation_episodes=2", "data.frames=7", "data.size=32"]
+    assert run(encode, capsys, *data, f"checkpoint={work / 'tok'}", f"output={tmp_path / 'digits'}")[0] == 0
+    model = [option for option in MODEL if "window" not in option]
+    assert run(train_gpt, capsys, f"tokens={tmp_path / 'digits'}", f"run_dir={tmp_path / 'b'}", *model, *RUN)[0] == 0
+    assert json.loads((tmp_path / "b" / "model" / "config.json").read_text())["window"] == 7
+
+
+@pytest.mark.parametrize("override", ["evaluation_clips=0", "model.attention_dropout=7", "model.num_hidden_layers=-2"])
+def test_an_impossible_value_is_one_sentence(override: str, work: Path, tmp_path, capsys) -> None:
+    status, error = run(train_gpt, capsys, f"tokens={work / 'tokens'}", f"run_dir={tmp_path / 'run'}", *MODEL, *RUN, override)
+    assert status == 2 and override.partition("=")[0].removeprefix("model.") in error and error.count("\n") == 1
+
+
 def test_an_empty_folder_is_one_sentence(tmp_path, capsys) -> None:
     (tmp_path / "empty").mkdir()
     status, error = run(

@@ -4,7 +4,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import Progress
 from torch import Tensor
@@ -16,10 +15,11 @@ from vidgpt.metrics import TokenCounts
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.options import EvaluateOptions
 from vidgpt.pages import write_evaluation_report
-from vidgpt.rollout import stream_tokens
+from vidgpt.rollout import check_model, stream_tokens
 from vidgpt.sampling import SamplingOptions
 from vidtok.card import Card, check_cards
 from vidtok.folders import load_model, model_folder
+from vidtok.sampler import spread
 from vidtok.tokens import TokenDataset, longest_row
 
 
@@ -31,6 +31,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> TokenReport:
     folder = model_folder(options.checkpoint, VidGPTConfig.model_type)
     model, card = load_model(VidGPTForCausalLM, folder), Card.load(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    check_model(card, model.config, f"the checkpoint {options.checkpoint}")
     check_cards(card, f"the checkpoint {options.checkpoint}", Card.load(options.tokens), f"the tokens {options.tokens}")
     layout = TokenLayout.from_config(model.config)
     longest = longest_row(options.tokens, options.split)
@@ -66,6 +67,8 @@ def _measure(
             model, layout, _batches(clips, scored, layout, size), counts, options.context, None,
             batch_size=size, progress=lambda count: progress.update(forced, completed=count),
         )  # fmt: skip
+        if not rolled:
+            return report
         rollout = evaluate_rollouts(
             layout, _batches(clips, rolled, layout, 2 * size), options.context, generate,
             batch_size=2 * size, progress=lambda count: progress.update(free, completed=count),
@@ -81,9 +84,9 @@ def _counts(options: EvaluateOptions, layout: TokenLayout) -> TokenCounts:
 
 
 def _batches(clips: TokenDataset, count: int, layout: TokenLayout, size: int) -> Any:
-    chosen = np.linspace(0, len(clips) - 1, min(count, len(clips))).round().astype(int).tolist()
+    chosen = spread(clips, count)
     for at in range(0, len(chosen), size):
-        items = [clips[index] for index in chosen[at : at + size]]
+        items = [chosen[index] for index in range(at, min(at + size, len(chosen)))]
         yield {
             "indices": torch.stack([item["indices"] for item in items]),
             "actions": torch.stack([item["actions"] for item in items]) if layout.num_actions else None,

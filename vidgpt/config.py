@@ -6,13 +6,16 @@ from transformers import PreTrainedConfig
 # Fields that the tokens' card decides; a user never sets them.
 FIELDS_FROM_CARD = ("codebook_size", "grid_height", "grid_width", "num_actions", "vocab_size", "max_position_embeddings")
 
+DEFAULT_WINDOW = 24
+
 
 @strict
 class VidGPTConfig(PreTrainedConfig):
     """Options of VidGPTForCausalLM.
 
-    window: latent frames that fit (context and future together). rope_theta: base of the rotary phases; small, because the axes are
-    short. loss_chunk: logits (tokens x vocabulary) held at once by the loss.
+    window: latent frames that fit (context and future together); 0 is 24, or in training the longest clip where that is shorter.
+    rope_theta: base of the rotary phases; small, because the axes are short. loss_chunk: logits (tokens x vocabulary) held at once
+    by the loss.
     """
 
     model_type = "vidgpt"
@@ -32,7 +35,7 @@ class VidGPTConfig(PreTrainedConfig):
     grid_height: int = 8
     grid_width: int = 8
     num_actions: int = 0
-    window: int = 24
+    window: int = 0
     vocab_size: int | None = None
     max_position_embeddings: int | None = None
     hidden_size: int = 256
@@ -53,6 +56,7 @@ class VidGPTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: object) -> None:
         """Derive what depends on other fields."""
         # Two special ids (first-frame lead, frame separator) follow the picture ids, then the actions: vidgpt.layout.
+        self.window = self.window or DEFAULT_WINDOW
         self.vocab_size = self.codebook_size + 2 + self.num_actions
         self.max_position_embeddings = self.window * (self.grid_height * self.grid_width + 1)
         if self.num_attention_heads > 0:
@@ -65,6 +69,17 @@ class VidGPTConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Check the rules across fields."""
         heads, groups = self.num_attention_heads, self.num_key_value_heads or 1
+        least = {"num_hidden_layers": 1, "hidden_size": 1, "intermediate_size": 1, "loss_chunk": 1, "codebook_size": 2}
+        for name, value in least.items():
+            if (getattr(self, name) or 0) < value:
+                raise ValueError(f"{name}={getattr(self, name)} is below {value}: give a whole number of {value} or more")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout={self.attention_dropout} is no probability below 1: 0 is off, 0.1 is usual")
+        if self.rope_theta <= 1 or self.rms_norm_eps <= 0 or self.initializer_range <= 0:
+            raise ValueError(
+                f"rope_theta={self.rope_theta} must be above 1, rms_norm_eps={self.rms_norm_eps} and "
+                f"initializer_range={self.initializer_range} above 0: leave them at their defaults unless you know why"
+            )
         if self.window < 2:
             raise ValueError(f"window={self.window} leaves nothing to predict: use 2 frames or more")
         if heads < 1 or self.hidden_size % heads:

@@ -41,7 +41,7 @@ def read_context(path: str | Path, card: Card, context: int, future: int, start:
         first += len(frames) - given
         frames = frames[-given:]
     clip = to_video(resize_frames(np.stack(frames), (card.frame_height, card.frame_width)))[None]
-    truth = clip[:, :, given:] if clip.shape[2] > given else None
+    truth = clip[:, :, given : given + future] if clip.shape[2] > given else None
     return Context(clip[:, :, :given], truth, first, _note(info, card, context, given, first))
 
 

@@ -1,7 +1,7 @@
 """The one place that knows how a frame grid, actions and special ids become one sequence and back.
 
 A frame is one lead slot and then its h * w tokens in raster order. The lead of the first frame is `bos_id`; of a later one
-`separator_id`, or the action that led to the frame where actions are known. A lead is given, never predicted.
+`separator_id`, or, in a model of actions, the action that led to the frame. A lead is given, never predicted.
 A token's position is its index in the whole sequence, so an engine that counts positions gives the right phases.
 """
 
@@ -37,7 +37,7 @@ class TokenLayout:
 
     @property
     def separator_id(self) -> int:
-        """Lead of a later frame without a known action."""
+        """Lead of a later frame in a model without actions."""
         return self.codebook_size + 1
 
     @property
@@ -66,10 +66,14 @@ class TokenLayout:
         return positions // self.tokens_per_frame, row, slot - row * self.width
 
     def leads(self, num_frames: int, batch_size: int, actions: Tensor | None = None) -> Tensor:
-        """Give the lead ids (B, t); actions: (B, t) in [0, num_actions), the first one is not used."""
-        leads = torch.full((batch_size, num_frames), self.separator_id)
-        if actions is not None and self.num_actions:
-            self._check_actions(actions, (batch_size, num_frames))
+        """Give the lead ids (B, t).
+
+        actions: (B, t) in [0, num_actions), the first one is not used; None exactly where num_actions is 0. Raises ValueError.
+        """
+        self._check_actions(actions, (batch_size, num_frames))
+        if actions is None:
+            leads = torch.full((batch_size, num_frames), self.separator_id)
+        else:
             leads = self.codebook_size + 2 + actions.long().cpu()
         leads[:, 0] = self.bos_id
         return leads
@@ -108,7 +112,15 @@ class TokenLayout:
                 f"id {wrong} lies outside the codebook of {self.codebook_size}: these tokens come from another tokenizer"
             )
 
-    def _check_actions(self, actions: Tensor, shape: tuple[int, int]) -> None:
+    def _check_actions(self, actions: Tensor | None, shape: tuple[int, int]) -> None:
+        if actions is None:
+            if self.num_actions:
+                raise ValueError(
+                    f"this model was trained with {self.num_actions} actions, and none came: give one action a frame"
+                )
+            return
+        if not self.num_actions:
+            raise ValueError("actions came, but this model was trained without actions: leave them away")
         if tuple(actions.shape) != shape:
             raise ValueError(f"actions have shape {tuple(actions.shape)}, the frames need {shape}: give one action a frame")
         if actions.numel() and (int(actions.min()) < 0 or int(actions.max()) >= self.num_actions):

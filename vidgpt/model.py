@@ -105,7 +105,7 @@ class VidGPTModel(VidGPTPreTrainedModel):
         """Give last_hidden_state (B, L, D) of input_ids (B, L).
 
         position_ids: (B, L) or (L,), counted on from the cache by default. attention_mask: (B, keys), 0 hides a position.
-        Raises ValueError past the window.
+        Raises ValueError past the window, and for given positions outside it.
         """
         if use_cache and past_key_values is None:
             past_key_values = SlotCache(self.config.num_hidden_layers, int(self.config.max_position_embeddings or 0))
@@ -126,12 +126,20 @@ class VidGPTModel(VidGPTPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _positions(self, input_ids: Tensor, position_ids: Tensor | None, past: int) -> Tensor:
+        size = int(self.config.max_position_embeddings or 0)
         if position_ids is not None:
+            # Only here the values must be looked at, which waits for a GPU.
+            low, high = torch.stack(torch.aminmax(position_ids)).tolist()
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"position_ids from {low} to {high} do not fit the window of {self.config.window} frames (0 to {size - 1}): "
+                    "give fewer context frames, predict fewer, or train with a larger model.window"
+                )
             return position_ids.expand(input_ids.shape)
         end = past + input_ids.shape[1]
-        if end > int(self.config.max_position_embeddings or 0):
+        if end > size:
             raise ValueError(
-                f"{end} tokens do not fit the window of {self.config.window} frames ({self.config.max_position_embeddings} tokens): "
+                f"{end} tokens do not fit the window of {self.config.window} frames ({size} tokens): "
                 "give fewer context frames, predict fewer, or train with a larger model.window"
             )
         return torch.arange(past, end, device=input_ids.device).expand(input_ids.shape)

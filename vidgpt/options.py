@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from vidtok.options import EncodeOptions, TrainTokenizerOptions
+from vidtok.options import EncodeOptions, TrainTokenizerOptions, check_at_least
 from vidtok.run_options import RunOptions
 
 
@@ -20,6 +20,10 @@ class TrainGPTOptions(RunOptions):
     use_actions: bool = False
     evaluation_clips: int = 64
     model: Any = MISSING
+
+    def __post_init__(self) -> None:
+        """Refuse what no training can have."""
+        check_at_least(self, evaluation_clips=1)
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,17 @@ class PredictOptions:
     actions: str | None = None
     sampling: SamplingKeys = field(default_factory=SamplingKeys)
 
+    def __post_init__(self) -> None:
+        """Refuse what no prediction can have."""
+        check_at_least(self, context=1, future=1, samples=1)
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
     """Keys of vidgpt-evaluate.
 
-    clips: windows of the split, spread evenly. context: frames given to the free-running part. rollout_clips: clips it predicts.
+    clips: windows of the split, spread evenly. context: frames given to the free-running part. rollout_clips: clips it predicts,
+    0 leaves that part out.
     """
 
     checkpoint: str = MISSING
@@ -70,6 +79,10 @@ class EvaluateOptions:
     batch_size: int = 8
     seed: int = 0
     sampling: SamplingKeys = field(default_factory=lambda: SamplingKeys(temperature=0.0))
+
+    def __post_init__(self) -> None:
+        """Refuse what no evaluation can have."""
+        check_at_least(self, clips=1, rollout_clips=0, context=1, batch_size=1)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Predict the next frames of one video file and write everything that shows what was done."""
 
 import json
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,18 +17,24 @@ from vidgpt.options import PredictOptions
 from vidgpt.report import strip_image
 from vidgpt.rollout import Predictor
 from vidgpt.sampling import SamplingOptions
+from vidtok.checkpoints import write_text
 from vidtok.video import to_frames, write_png, write_video
+
+RECORD_FILE = "prediction.json"
+# What a record may name: it is read from disk, and what it names is deleted.
+_OURS = re.compile(r"frames/frame_\d{4,}\.png|prediction(_\d{2,})?\.mp4|strip\.png|tokens\.safetensors|prediction\.json")
 
 
 def predict_file(options: PredictOptions) -> dict[str, object]:
     """Write prediction.mp4, frames/*.png, tokens.safetensors, prediction.json and strip.png; gives what prediction.json holds.
 
-    Of several samples, prediction.mp4 and frames/ are of the first, prediction_01.mp4 ... of the others. Raises ValueError.
+    Of several samples, prediction.mp4 and frames/ are of the first, prediction_01.mp4 ... of the others. Files of a former
+    prediction in that folder are replaced, any other file is left alone. Raises ValueError, before any work where it can.
     """
-    if options.samples < 1:
-        raise ValueError(f"samples={options.samples}: give 1 or more")
+    _check_output(options)
     sampling = SamplingOptions(**asdict(options.sampling))
     predictor = Predictor.from_pretrained(options.checkpoint)
+    predictor.check_window(options.context, options.future)
     context = read_context(options.input, predictor.card, options.context, options.future, options.start)
     print(context.note)
     actions = _actions(options, predictor, context)
@@ -40,13 +47,60 @@ def predict_file(options: PredictOptions) -> dict[str, object]:
     given = context.video.shape[2]
     video = predictor.decode(torch.cat([tokens, future], dim=1)).cpu()[:, :, : given + options.future]
     output = Path(options.output)
-    _write(output, options, predictor, context, video, tokens, future)
     record = _record(options, predictor, context, seconds)
-    (output / "prediction.json").write_text(json.dumps(record, indent=1) + "\n")
+    _replace_record(output, record)
+    _write(output, options, predictor, context, video, tokens, future)
     print(
         f"{options.future} frames x {options.samples} in {seconds:.1f} s; see {output / 'strip.png'} and {output / 'prediction.mp4'}"
     )
     return record
+
+
+def _file_names(options: PredictOptions) -> list[str]:
+    """Name every file of a prediction, relative to its folder."""
+    videos = [_video_name(sample) for sample in range(options.samples)]
+    return [*videos, *map(_frame_name, range(options.future)), "strip.png", "tokens.safetensors", RECORD_FILE]
+
+
+def _video_name(sample: int) -> str:
+    return "prediction.mp4" if sample == 0 else f"prediction_{sample:02d}.mp4"
+
+
+def _frame_name(index: int) -> str:
+    return f"frames/frame_{index:04d}.png"
+
+
+def _former_files(output: Path) -> set[str]:
+    """Name the files that the folder's record says a prediction wrote; none without a record."""
+    try:
+        record = json.loads((output / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    files = record.get("files") if isinstance(record, dict) else None
+    return {name for name in files if isinstance(name, str) and _OURS.fullmatch(name)} if isinstance(files, list) else set()
+
+
+def _check_output(options: PredictOptions) -> None:
+    """Raise ValueError when writing the output would lose or mix with a file that no prediction wrote, the input above all."""
+    output, source = Path(options.output), Path(options.input).resolve()
+    for place in (output / "frames", output, *output.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"output={output} cannot be a folder, because {place} is a file: give another output folder")
+    names, former = _file_names(options), _former_files(output)
+    if any(source in (path.resolve(), path.parent.resolve()) for path in (output / name for name in {*names, *former})):
+        raise ValueError(f"input={options.input} lies where output={output} is written: give another output folder")
+    foreign = [output / name for name in names if name not in former and (output / name).exists()]
+    if foreign:
+        raise ValueError(f"{foreign[0]} is there already, and no prediction of this folder wrote it: give another output folder")
+
+
+def _replace_record(output: Path, record: dict[str, object]) -> None:
+    """Delete the files of the former prediction, a longer one perhaps, and say which come instead."""
+    (output / "frames").mkdir(parents=True, exist_ok=True)
+    for name in _former_files(output) - {RECORD_FILE}:
+        (output / name).unlink(missing_ok=True)
+    # Before the files: what an interruption leaves is then known as ours.
+    write_text(output / RECORD_FILE, json.dumps(record, indent=1) + "\n")
 
 
 def _actions(options: PredictOptions, predictor: Predictor, context: Context) -> Tensor | None:
@@ -67,20 +121,14 @@ def _write(
     output: Path, options: PredictOptions, predictor: Predictor, context: Context, video: Tensor, tokens: Tensor, future: Tensor
 ) -> None:
     given, fps = context.video.shape[2], predictor.card.fps
-    frames_folder = output / "frames"
-    frames_folder.mkdir(parents=True, exist_ok=True)
-    for old in [*frames_folder.glob("*.png"), *output.glob("prediction*.mp4")]:
-        # A shorter prediction into the same folder must not leave frames of a longer one.
-        old.unlink()
     real = to_frames(context.video[0])
     rows = {}
     for sample in range(options.samples):
         predicted = to_frames(video[sample, :, given:])
-        name = "prediction.mp4" if sample == 0 else f"prediction_{sample:02d}.mp4"
-        write_video(output / name, np.concatenate([real, predicted]), fps)
+        write_video(output / _video_name(sample), np.concatenate([real, predicted]), fps)
         rows["predicted" if options.samples == 1 else f"sample {sample}"] = np.concatenate([real, predicted])
     for index, frame in enumerate(to_frames(video[0, :, given:])):
-        write_png(frames_folder / f"frame_{index:04d}.png", frame)
+        write_png(output / _frame_name(index), frame)
     if context.truth is not None:
         rows = {"real": np.concatenate([real, to_frames(context.truth[0])]), **rows}
     write_png(output / "strip.png", strip_image(rows, given))
@@ -100,4 +148,5 @@ def _record(options: PredictOptions, predictor: Predictor, context: Context, sec
         "frames_per_second": round(options.future * options.samples / max(seconds, 1e-9), 3),
         "forward_passes_per_frame": future * predictor.layout.cells / options.future,
         "torch_version": torch.__version__,
+        "files": _file_names(options),
     }

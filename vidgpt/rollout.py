@@ -1,11 +1,12 @@
 """Predictor: frames in, frames out. It joins tokenizer, transformer and a decoding plan; all state lives in one call."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from einops import repeat
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from vidgpt.config import VidGPTConfig
 from vidgpt.decoding import PLANS
@@ -27,13 +28,15 @@ class Predictor:
     def from_pretrained(cls, path: str | Path, device: str | None = None) -> "Predictor":
         """Load a run folder or model folder, onto CUDA when there is one.
 
-        Raises ValueError when the folder's tokenizer is not the one that its transformer was trained for.
+        Raises ValueError when card, transformer and tokenizer of the folder do not belong together.
         """
         folder = model_folder(path, VidGPTConfig.model_type)
         model, card = load_model(VidGPTForCausalLM, folder), Card.load(folder)
+        check_model(card, model.config, str(folder))
         if not (folder / "tokenizer").is_dir():
             raise ValueError(
-                f"{folder} has no tokenizer/: it can be evaluated on tokens but not decode frames; train with tokenizer_checkpoint=DIR"
+                f"{folder} has no tokenizer/, so it can be evaluated on tokens but not decode frames: encode the tokens again with "
+                "vidtok-encode, which puts the tokenizer beside them, and train on those"
             )
         tokenizer = load_model(VidTokModel, folder / "tokenizer")
         if tokenizer.fingerprint() != card.tokenizer_fingerprint:
@@ -41,6 +44,8 @@ class Predictor:
                 f"{folder / 'tokenizer'} is tokenizer {tokenizer.fingerprint()}, but the transformer beside it was trained on tokens of "
                 f"{card.tokenizer_fingerprint}: put the right tokenizer there"
             )
+        keys = ("codebook_size", "stride_t", "stride_s")
+        _check_fields(card, tokenizer.config, keys, f"{folder / 'tokenizer'} has", str(folder))
         target = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(model.to(target), tokenizer.to(target), card)
 
@@ -52,6 +57,11 @@ class Predictor:
     def check_card(self, card: Card, name: str) -> None:
         """Raise ValueError when tokens with that card are not those of this model."""
         check_cards(self.card, "the checkpoint", card, name)
+
+    def check_window(self, context: int, future: int) -> None:
+        """Raise ValueError when a context and a future, in pixel frames, exceed the window."""
+        frames = 1 + (context - 1) // self.card.stride_t
+        _check_window(frames, self.latent_frames(future), self.model.config.window)
 
     def latent_frames(self, frames: int) -> int:
         """Give the latent frames that hold at least `frames` pixel frames of a future, or of a context 1 + k * stride_t."""
@@ -66,15 +76,17 @@ class Predictor:
         options: SamplingOptions | None = None,
         decoding: str = "raster",
         actions: Tensor | None = None,
+        first_sequence: int = 0,
     ) -> Tensor:
         """Predict the next frames.
 
         video: (B, 3, T, H, W) in [-1, 1] at the card's frame size, T = 1 + k * stride_t. Gives (B, 3, future, H, W) in [-1, 1].
-        actions: (B, t + future) where the model knows actions. Raises ValueError when context and future exceed the window.
+        actions: (B, t + future) where the model knows actions. first_sequence: number of the first clip, so that clip i of a batch is
+        drawn as it would be alone with first_sequence=i. Raises ValueError when context and future exceed the window.
         """
         context = self.encode(video)
         steps = self.latent_frames(future)
-        indices = torch.stack(list(self.stream(context, steps, seed, options, decoding, actions)), dim=1)
+        indices = torch.stack(list(self.stream(context, steps, seed, options, decoding, actions, first_sequence)), dim=1)
         return self.decode(torch.cat([context, indices], dim=1))[:, :, video.shape[2] :][:, :, :future]
 
     def stream(
@@ -85,9 +97,19 @@ class Predictor:
         options: SamplingOptions | None = None,
         decoding: str = "raster",
         actions: Tensor | None = None,
+        first_sequence: int = 0,
     ) -> Iterator[Tensor]:
         """Yield `future` latent frames (B, h, w) after the indices `context` (B, t, h, w), each as it is ready; see stream_tokens."""
-        return stream_tokens(self.model, context, future, seed=seed, options=options, decoding=decoding, actions=actions)
+        return stream_tokens(
+            self.model,
+            context,
+            future,
+            seed=seed,
+            options=options,
+            decoding=decoding,
+            actions=actions,
+            first_sequence=first_sequence,
+        )
 
     def encode(self, video: Tensor) -> Tensor:
         """Give the indices (B, t, h, w) of clips (B, 3, T, H, W)."""
@@ -100,6 +122,20 @@ class Predictor:
     def samples(self, context: Tensor, samples: int) -> Tensor:
         """Repeat every clip `samples` times, clip-major."""
         return repeat(context, "b ... -> (b s) ...", s=samples)
+
+
+def check_model(card: Card, config: VidGPTConfig, name: str) -> None:
+    """Raise ValueError when a transformer's config does not fit the card beside it; name: its folder."""
+    keys = ("codebook_size", "grid_height", "grid_width")
+    # A model trained with use_actions=false knows none, whatever the tokens record.
+    _check_fields(card, config, (*keys, "num_actions") if config.num_actions else keys, "its config.json has", name)
+
+
+def _check_fields(card: Card, config: PreTrainedConfig, keys: Sequence[str], owner: str, name: str) -> None:
+    for key in keys:
+        ours, theirs = getattr(config, key), getattr(card, key)
+        if ours != theirs:
+            raise ValueError(f"{name} has {key}={theirs} in its card.json, but {owner} {key}={ours}: copy or train it again")
 
 
 def stream_tokens(
@@ -115,8 +151,8 @@ def stream_tokens(
 ) -> Iterator[Tensor]:
     """Yield `future` latent frames (B, h, w) after the indices `context` (B, t, h, w), each as it is ready; greedy by default.
 
-    Row i draws from the generator (seed, first_sequence + i), whatever its neighbours. actions: (B, t + future).
-    Raises ValueError past the window and for an unknown plan.
+    Row i draws from the generator (seed, first_sequence + i), whatever its neighbours. actions: (B, t + future) exactly
+    where the model was trained with actions. Raises ValueError past the window, for an unknown plan and for wrong actions.
     """
     if decoding not in PLANS:
         raise ValueError(f"decoding={decoding!r} is not one of {', '.join(PLANS)}: choose one of these")

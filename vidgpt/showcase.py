@@ -33,25 +33,21 @@ def run_demo(options: DemoOptions, config: Mapping[str, Any]) -> Path:
     run_dir, started = Path(options.run_dir), time.monotonic()
     seconds: dict[str, float] = {}
 
-    def stage(number: int, title: str, command: str) -> None:
+    def stage(title: str, command: str, keys: str = "") -> None:
         seconds[title] = time.monotonic()
-        print(f"\n[{number}/5] {title}   (by hand: {command})", flush=True)
+        print(
+            f"\n[{len(seconds)}/5] {title}: what {command} does" + (f", with the keys kept in {keys}" if keys else ""), flush=True
+        )
 
-    stage(1, "train the tokenizer", f"vidtok-train data=atari run_dir={run_dir}/tokenizer")
+    stage("train the tokenizer", "vidtok-train", f"{options.tokenizer_training.run_dir}/config.yaml")
     train_tokenizer(options.tokenizer_training, options.data, options.tokenizer, config["tokenizer_training"])
-    stage(2, "encode the videos", f"vidtok-encode checkpoint={run_dir}/tokenizer data=atari output={run_dir}/tokens")
+    stage("encode the videos", "vidtok-encode")
     encode_dataset(options.encoding, options.data)
-    stage(3, "train the transformer", f"vidgpt-train tokens={run_dir}/tokens run_dir={run_dir}/gpt")
+    stage("train the transformer", "vidgpt-train", f"{options.gpt_training.run_dir}/config.yaml")
     train_gpt(options.gpt_training, options.model, config["gpt_training"])
-    stage(
-        4,
-        "evaluate on held-out tokens",
-        f"vidgpt-evaluate checkpoint={run_dir}/gpt tokens={run_dir}/tokens output={run_dir}/evaluation",
-    )
+    stage("evaluate on held-out tokens", "vidgpt-evaluate")
     tokens = evaluate_checkpoint(options.evaluation)
-    stage(
-        5, "predict held-out frames", f"vidgpt-predict checkpoint={run_dir}/gpt input={run_dir}/held_out.mp4 start=0 output=out"
-    )
+    stage("predict held-out frames", "vidgpt-predict")
     pixels = predict_held_out(options)
     _write_example(run_dir, options, pixels)
     (run_dir / "pixels.json").write_text(json.dumps({"psnr_db_mean_by_horizon": pixels.psnr_db}, indent=1) + "\n")
@@ -59,6 +55,7 @@ def run_demo(options: DemoOptions, config: Mapping[str, Any]) -> Path:
     for line in summary_lines(tokens, pixels):
         print(line)
     print(f"\n{(time.monotonic() - started) / 60:.1f} minutes in all. Open {report} in a browser.")
+    print(f"Try: vidgpt-predict checkpoint={run_dir}/gpt input={run_dir}/held_out.mp4 start=0 output={run_dir}/prediction")
     return report
 
 

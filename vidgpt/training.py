@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidgpt.config import VidGPTConfig
+from vidgpt.config import DEFAULT_WINDOW, VidGPTConfig
 from vidgpt.evaluation import teacher_forced_scores
 from vidgpt.layout import TokenLayout
 from vidgpt.metrics import Baselines, TokenCounts, TokenMeter, changed_tokens
@@ -17,6 +17,7 @@ from vidgpt.options import TrainGPTOptions
 from vidtok.card import Card
 from vidtok.folders import copy_folder, save_model
 from vidtok.runner import Runner, build_optimizer
+from vidtok.sampler import spread
 from vidtok.tokens import TokenDataset, longest_row
 
 
@@ -26,9 +27,10 @@ def train_gpt(options: TrainGPTOptions, model: Mapping[str, Any], config: Mappin
     model: values of the group; config: all of it, kept as config.yaml.
     """
     card = Card.load(options.tokens)
-    model_config = config_for(card, model, options.use_actions)
+    model_config = config_for(card, _with_window(options, model), options.use_actions)
     layout = TokenLayout.from_config(model_config)
     with Runner(options, config, name="vidgpt-train", best="validation_loss") as runner:
+        runner.check_data("tokens", f"{card.tokenizer_fingerprint} of {card.data_name} {card.manifest_hash}")
         clips = TokenDataset(options.tokens, "train", model_config.window)
         held_out = _held_out(runner, options, model_config)
         network: nn.Module = VidGPTForCausalLM(model_config)
@@ -91,9 +93,21 @@ def evaluate_gpt(
     return {name: float(value) for name, key in names.items() if (value := figures[key]) is not None}
 
 
+def _with_window(options: TrainGPTOptions, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose the window where the user did not. Raises ValueError for one that no clip fills."""
+    longest = longest_row(options.tokens, "train")
+    window = model.get("window") or min(DEFAULT_WINDOW, longest)
+    if window > longest:
+        raise ValueError(
+            f"model.window={window} latent frames, but the longest training clip of {options.tokens} has {longest}: "
+            f"use model.window={longest} or less, or encode longer clips"
+        )
+    return {**model, "window": window}
+
+
 def _held_out(runner: Runner, options: TrainGPTOptions, config: VidGPTConfig) -> TokenDataset | None:
     """Open the held-out clips; those of a short video may be shorter than the window, and are used as they are."""
-    longest = longest_row(options.tokens, "validation")
+    longest = longest_row(options.tokens, "validation", is_optional=True)
     if longest < 2:
         runner.say("no held-out clips: the model cannot be evaluated while it trains; encode with a larger data.validation")
         return None
@@ -117,19 +131,16 @@ def _report(
     """Print sizes and the losses to beat."""
     length = config.window * layout.tokens_per_frame
     width = config.hidden_size + int(config.intermediate_size or 0)
-    activations = (
-        4
-        * length
-        * options.batch_size
-        * (6 * width * config.num_hidden_layers + 2 * min(config.vocab_size or 0, config.loss_chunk))
-    )
+    tokens = length * options.batch_size
+    # fp32 bytes: per layer about six activations of each width, and the logits with their gradient.
+    activations = 4 * (6 * tokens * width * config.num_hidden_layers + 2 * min(tokens * layout.vocab_size, config.loss_chunk))
     memory = activations + 16 * sum(parameter.numel() for parameter in model.parameters())
     runner.say(
         f"sequence: {layout.tokens_per_frame} tokens a frame ({layout.height}x{layout.width} and a lead), window {config.window} frames, "
         f"{length} tokens; {len(clips)} training clips"
     )
     runner.report(model, optimizer, memory)
-    runner.say(f"to beat, nats a token: uniform ln V = {math.log(layout.codebook_size):.3f}")
+    runner.say(f"validation_loss to beat, nats a token: uniform ln V = {math.log(layout.codebook_size):.3f}")
     for line in _baseline_lines(clips, held_out or clips, layout, options):
         runner.say(line)
 
@@ -139,10 +150,9 @@ def _baseline_lines(clips: TokenDataset, held_out: TokenDataset, layout: TokenLa
     for indices in clips.rows():
         counts.update(indices)
     meters = {name: TokenMeter((layout.height, layout.width)) for name in Baselines.names}
-    step = max(1, len(held_out) // options.evaluation_clips)
-    baselines = Baselines(counts)
-    for index in range(0, len(held_out), step):
-        indices = held_out[index]["indices"][None]
+    baselines, chosen = Baselines(counts), spread(held_out, options.evaluation_clips)
+    for index in range(len(chosen)):
+        indices = chosen[index]["indices"][None]
         for name, scores in baselines.scores(indices).items():
             meters[name].update(scores, changed_tokens(indices))
     lines = []

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from vidtok.checkpoints import write_text
 
@@ -23,14 +24,15 @@ _MADE_BY = (
     "frame_width",
     "num_actions",
 )
-_MADE_OF = ("data_name", "manifest_hash")
+_MADE_OF = ("data_name", "manifest_hash", "clip_frames", "clip_hop")
 
 
 @dataclass(frozen=True)
 class Card:
     """Say which tokenizer made the tokens, of which frames (sizes in pixels, fps in frames a second), and how many there are.
 
-    num_actions: 0 where no actions are recorded. splits: rows of each split; rows, frames (pixel frames) and splits count
+    num_actions: 0 where no actions are recorded. clip_frames, clip_hop: pixel frames of a row, and from one row's start to the next;
+    0 in cards that did not record them yet. splits: rows of each split; rows, frames (pixel frames) and splits count
     only once complete is true.
     """
 
@@ -46,6 +48,8 @@ class Card:
     num_actions: int
     data_name: str
     manifest_hash: str
+    clip_frames: int = 0
+    clip_hop: int = 0
     complete: bool = False
     rows: int = 0
     frames: int = 0
@@ -73,15 +77,20 @@ class Card:
             raise FileNotFoundError(f"{path} does not exist: give a folder that vidtok-encode or vidgpt-train has written.")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not JSON ({error}): the folder is damaged, copy or encode it again.") from None
         version = values.get("format_version") if isinstance(values, dict) else None
         if version != CARD_FORMAT:
             raise ValueError(f"{path} has format_version {version}, this version reads {CARD_FORMAT}: encode the data again.")
         dtype = values.pop("value_dtype", None)
+        values = {"clip_frames": 0, "clip_hop": 0, **values}
         unknown = sorted(set(values) ^ {option.name for option in fields(cls)})
         if unknown:
             raise ValueError(f"{path} lacks or does not know {unknown[0]!r}: encode the data again, or update the package.")
+        for option in fields(cls):
+            if not _is_of_type(values[option.name], str(option.type)):
+                found = f"{option.name}={values[option.name]!r}, which is not of type {option.type}"
+                raise ValueError(f"{path} has {found}: the folder is damaged, copy or encode it again.")
         card = cls(**values)
         if dtype != card.value_dtype:
             raise ValueError(
@@ -89,6 +98,13 @@ class Card:
                 "encode the data again."
             )
         return card
+
+
+def _is_of_type(value: Any, kind: str) -> bool:
+    """Compare what JSON gave with an annotation of Card, exactly: true is no number."""
+    if kind == "dict[str, int]":
+        return isinstance(value, dict) and all(_is_of_type(count, "int") for count in value.values())
+    return type(value).__name__ in (("int", "float") if kind == "float" else (kind,))
 
 
 def check_cards(card: Card, name: str, other: Card, other_name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.optim import Optimizer
@@ -63,12 +65,13 @@ class TrainedPart:
             save_file(weights, folder / f"{self.name}_average.safetensors")
 
     def load(self, folder: Path) -> None:
-        """Read back what save wrote; through the CPU, or a GPU would hold everything twice."""
-        load_model(self.model, folder / f"{self.name}.safetensors", device="cpu")
-        state = torch.load(folder / f"{self.name}_optimizer.pt", weights_only=True, map_location="cpu")
-        self.optimizer.load_state_dict(state)
-        if self.average is not None:
-            self.average.load(load_file(folder / f"{self.name}_average.safetensors", device="cpu"))
+        """Read back what save wrote; through the CPU, or a GPU would hold everything twice. Raises ValueError for damaged files."""
+        with _naming_damage(folder):
+            load_model(self.model, folder / f"{self.name}.safetensors", device="cpu")
+            state = torch.load(folder / f"{self.name}_optimizer.pt", weights_only=True, map_location="cpu")
+            self.optimizer.load_state_dict(state)
+            if self.average is not None:
+                self.average.load(load_file(folder / f"{self.name}_average.safetensors", device="cpu"))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -161,15 +164,33 @@ def save_checkpoint(folder: Path, state: TrainState, parts: Mapping[str, Trained
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """Read the numbers of a checkpoint. Raises ValueError for a format this version does not know."""
-    values = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    """Read the numbers of a checkpoint. Raises ValueError for damaged ones and for a format this version does not know."""
+    with _naming_damage(checkpoint):
+        values = {**json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))}
     version = values.get("format_version")
     if version != CHECKPOINT_FORMAT:
         raise ValueError(
             f"{checkpoint} has checkpoint format {version}, this version reads {CHECKPOINT_FORMAT}: "
             "resume with the version that wrote it."
         )
-    return TrainState(**values)
+    with _naming_damage(checkpoint):
+        state = TrainState(**values)
+    return state
+
+
+@contextmanager
+def _naming_damage(checkpoint: Path) -> Iterator[None]:
+    """Turn whatever the readers of damaged files raise into one sentence that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+        # Readers explain themselves at length, and some of them not at all.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{checkpoint} is damaged ({reason}): delete that folder, and the run goes on from the checkpoint before it."
+        ) from error
 
 
 def _temporary(target: Path) -> Path:

@@ -27,7 +27,7 @@ from yaml import YAMLError
 from vidtok.schema import config_dir, store_schema
 
 PATH_KEYS = frozenset(
-    {"root", "file", "input", "output", "checkpoint", "tokens", "run_dir", "init_from", "cache_dir"}
+    {"root", "file", "input", "output", "checkpoint", "tokens", "run_dir", "init_from", "cache_dir", "actions", "pattern"}
 )  # the last part of a key whose value is a path
 FLAGS = {  # of Hydra, each with whether a value follows
     **dict.fromkeys(("--help", "-h", "--resolve", "--multirun", "-m"), False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from vidtok.checkpoints import TrainState
 from vidtok.run_options import RunOptions
@@ -109,7 +110,9 @@ class RunClock:
         if status == ALL_STEPS and plan is not None and plan.horizon == state.step:
             reason = f"all steps that fit into {minutes} minutes are done"
         best = "" if state.best is None else f", best {best_key} {state.best:.4g} at step {state.best_step}"
-        return f"Finished at step {state.step}: {reason}{best}; the model is in {folder}/model."
+        # An evaluation that was never finite saves none.
+        model = f"the model is in {folder}/model" if (Path(folder) / "model").is_dir() else "no model was good enough to be saved"
+        return f"Finished at step {state.step}: {reason}{best}; {model}."
 
     def _is_at_horizon(self) -> bool:
         ends = [steps for steps in (self.horizon, self._options.max_steps) if steps is not None]

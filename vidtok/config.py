@@ -76,6 +76,14 @@ class VidTokConfig(PreTrainedConfig):
             )
         if min(self.fsq_levels or [3]) < 3:
             raise ValueError(f"fsq_levels={self.fsq_levels} has a level below 3: every level must be 3 or more")
+        if not 0 < self.vq_decay < 1:
+            raise ValueError(f"vq_decay={self.vq_decay} is not between 0 and 1: 0.99 averages over about 100 steps")
+        if not 0 <= self.dead_code_ratio < 1:
+            raise ValueError(
+                f"dead_code_ratio={self.dead_code_ratio} is no share below 1 of the expected count: 0.1 is usual, 0 is off"
+            )
+        if self.commitment_weight < 0:
+            raise ValueError(f"commitment_weight={self.commitment_weight} is below 0: 0.25 is usual")
         if min(self.width, self.codebook_size - 1, self.codebook_dim, self.encoder_blocks, self.decoder_blocks) < 1:
             raise ValueError(
                 "width, codebook_dim, encoder_blocks and decoder_blocks must be 1 or more and codebook_size 2 or more"

@@ -40,8 +40,9 @@ def encode_dataset(options: EncodeOptions, data: Mapping[str, Any]) -> Path:
     tokenizer = load_model(VidTokModel, folder)
     tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
     episodes = build_episodes(data)
-    card = _card(tokenizer, episodes)
-    segments = list(cut_segments(episodes, tokenizer.config.stride_t, options))
+    length, hop = clip_shape(tokenizer.config.stride_t, options)
+    card = _card(tokenizer, episodes, length, hop)
+    segments = list(cut_segments(episodes, tokenizer.config.stride_t, length, hop))
     output = Path(options.output)
     with TokenWriter(output, card, options.rows_per_shard) as writer:
         write_rejects(output / "rejects.csv", episodes.rejects)
@@ -62,14 +63,19 @@ def encode_dataset(options: EncodeOptions, data: Mapping[str, Any]) -> Path:
     return output
 
 
-def cut_segments(episodes: EpisodeSet, stride_t: int, options: EncodeOptions) -> Iterator[Segment]:
-    """Cut every episode into rows of 1 + k * stride_t frames; what is left at its end, too short for a step of time, is dropped."""
+def clip_shape(stride_t: int, options: EncodeOptions) -> tuple[int, int]:
+    """Give the frames of a row, and from one row's start to the next. Raises ValueError for what stride_t cannot encode."""
     length = options.clip_frames or (ROW_FRAMES if stride_t == 1 else 1 + ROW_LATENT_STEPS * stride_t)
     hop = options.clip_hop or length
     if length < 1 or hop < 1 or (length - 1) % stride_t:
         raise ValueError(
             f"clip_frames={length} and clip_hop={hop} do not fit stride_t={stride_t}: use 1 + k * {stride_t} frames, hop 1 or more"
         )
+    return length, hop
+
+
+def cut_segments(episodes: EpisodeSet, stride_t: int, length: int, hop: int) -> Iterator[Segment]:
+    """Cut every episode into rows of 1 + k * stride_t frames; what is left at its end, too short for a step of time, is dropped."""
     for episode in episodes.episodes:
         for first in range(0, len(episode.frames), hop):
             frames = min(length, len(episode.frames) - first)
@@ -100,7 +106,7 @@ def _row(tokenizer: VidTokModel, segment: Segment, batch_frames: int) -> TokenRo
     )
 
 
-def _card(tokenizer: VidTokModel, episodes: EpisodeSet) -> Card:
+def _card(tokenizer: VidTokModel, episodes: EpisodeSet, length: int, hop: int) -> Card:
     config = tokenizer.config
     height, width, stride = episodes.height, episodes.width, config.stride_s
     if height % stride or width % stride:
@@ -121,4 +127,6 @@ def _card(tokenizer: VidTokModel, episodes: EpisodeSet) -> Card:
         num_actions=episodes.num_actions if config.stride_t == 1 else 0,
         data_name=episodes.name,
         manifest_hash=episodes.manifest_hash,
+        clip_frames=length,
+        clip_hop=hop,
     )

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -44,7 +45,7 @@ def load_model(model_class: type[Model], path: str | Path) -> Model:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        model, report = model_class.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+        model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
     except (OSError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"{folder} cannot be loaded ({_first_line(error)}): the folder is damaged, copy or train it again"

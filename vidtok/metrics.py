@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
@@ -10,7 +12,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 PSNR_CAP_DB = 100.0
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
-FRAMES_AT_ONCE = 32
+PIXELS_AT_ONCE = 1 << 20
 
 
 def psnr_by_frame(video: Tensor, reference: Tensor) -> Tensor:
@@ -21,8 +23,7 @@ def psnr_by_frame(video: Tensor, reference: Tensor) -> Tensor:
     capped at PSNR_CAP_DB, which is also the value of identical frames. Raises ValueError on unlike or wrong shapes.
     """
     check_pair(video, reference)
-    squared_error = (video.double() - reference.double()).square()
-    mean_squared_error = reduce(squared_error, "B C T H W -> B T", "mean")
+    mean_squared_error = _by_frame(_squared_error_of_images, video, reference)
     return (-10 * torch.log10(mean_squared_error / 4)).clamp(max=PSNR_CAP_DB)
 
 
@@ -39,16 +40,13 @@ def ssim_by_frame(video: Tensor, reference: Tensor) -> Tensor:
     Raises ValueError on unlike or wrong shapes and on frames smaller than the window.
     """
     check_pair(video, reference)
-    batch, _, _, height, width = video.shape
+    height, width = video.shape[-2:]
     if min(height, width) < SSIM_WINDOW:
         raise ValueError(
             f"SSIM got frames of {height} x {width} pixels; its window needs at least {SSIM_WINDOW} x {SSIM_WINDOW}: "
             "use larger frames or report PSNR only"
         )
-    # Time goes into the batch: a rank-5 input would silently give the three-dimensional SSIM, another number.
-    images, targets = (rearrange((x.float() + 1) / 2, "B C T H W -> (B T) C H W") for x in (video, reference))
-    parts = [_ssim_of_images(*pair) for pair in zip(images.split(FRAMES_AT_ONCE), targets.split(FRAMES_AT_ONCE), strict=True)]
-    return rearrange(torch.cat(parts).double(), "(B T) -> B T", B=batch)
+    return _by_frame(_ssim_of_images, video, reference)
 
 
 def ssim(video: Tensor, reference: Tensor) -> float:
@@ -56,8 +54,30 @@ def ssim(video: Tensor, reference: Tensor) -> float:
     return float(ssim_by_frame(video, reference).mean())
 
 
+def frames_at_once(height: int, width: int) -> int:
+    """Give how many frames to work on at a time, so that memory is bounded by PIXELS_AT_ONCE or one frame, not by a clip's length."""
+    return max(1, PIXELS_AT_ONCE // (height * width))
+
+
+def _by_frame(compare: Callable[[Tensor, Tensor], Tensor], video: Tensor, reference: Tensor) -> Tensor:
+    """Compare clips (B, C, T, H, W) as images (N, C, H, W), a few at a time; gives float64 (B, T)."""
+    batch, _, frames, height, width = video.shape
+    parts = []
+    # Time goes into the batch: a rank-5 input would silently give the three-dimensional SSIM, another number.
+    for places in torch.arange(batch * frames).split(frames_at_once(height, width)):
+        clip, frame = places // frames, places % frames
+        parts.append(compare(video[clip, :, frame], reference[clip, :, frame]).double())
+    return rearrange(torch.cat(parts), "(B T) -> B T", B=batch)
+
+
+def _squared_error_of_images(images: Tensor, targets: Tensor) -> Tensor:
+    """Compare images (N, C, H, W); gives (N,)."""
+    return reduce((images.double() - targets.double()).square(), "N C H W -> N", "mean")
+
+
 def _ssim_of_images(images: Tensor, targets: Tensor) -> Tensor:
-    """Compare images (N, C, H, W) in [0, 1]; gives (N,)."""
+    """Compare images (N, C, H, W) in [-1, 1]; gives (N,)."""
+    images, targets = ((x.float() + 1) / 2 for x in (images, targets))
     result = structural_similarity_index_measure(
         images, targets, sigma=SSIM_SIGMA, kernel_size=SSIM_WINDOW, reduction="none", data_range=1.0, return_full_image=True
     )

@@ -44,7 +44,8 @@ def describe(model: nn.Module, optimizer: Optimizer, memory_bytes: int | None = 
     if missing:
         lines.append(f"not in the optimizer, so never trained: {', '.join(missing)}")
     if memory_bytes is not None:
-        lines.append(f"estimated memory: {memory_bytes / 2**30:.2f} GiB")
+        size = f"{memory_bytes / 2**20:.0f} MiB" if memory_bytes < 2**30 else f"{memory_bytes / 2**30:.2f} GiB"
+        lines.append(f"estimated memory: {size}")
     return lines
 
 

@@ -38,12 +38,16 @@ class TrainTokenizerOptions(RunOptions):
     tokenizer: Any = MISSING
     loss: LossOptions = field(default_factory=LossOptions)
 
+    def __post_init__(self) -> None:
+        """Refuse what no training can have."""
+        check_at_least(self, clip_frames=1, frame_gap=1, evaluation_clips=1, unquantized_steps=0)
+
 
 @dataclass(frozen=True)
 class EncodeOptions:
     """Keys of vidtok-encode.
 
-    clip_frames: pixel frames of a row; null gives up to 1024 for a frame-wise tokenizer, 1 + 4 * stride_t otherwise. clip_hop: frames
+    clip_frames: pixel frames of a row; null gives up to 1024 for a frame-wise tokenizer, 1 + 16 * stride_t otherwise. clip_hop: frames
     from one row's start to the next; null leaves no gap. rows_per_shard bounds what an interruption loses.
     """
 
@@ -54,6 +58,10 @@ class EncodeOptions:
     clip_hop: int | None = None
     rows_per_shard: int = 64
     batch_frames: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse what no encoding can have."""
+        check_at_least(self, clip_frames=1, clip_hop=1, rows_per_shard=1, batch_frames=1)
 
 
 @dataclass(frozen=True)
@@ -66,3 +74,17 @@ class ReconstructOptions:
     size: list[int] | None = None
     fps: float | None = None
     max_frames: int = 257
+
+    def __post_init__(self) -> None:
+        """Refuse what no reconstruction can have."""
+        check_at_least(self, max_frames=1)
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise ValueError(f"size={list(self.size)} is not [height, width] in pixels: for example size=[256,256]")
+
+
+def check_at_least(options: object, **least: int) -> None:
+    """Raise ValueError for the first of the named options that is below its least value; null passes."""
+    for name, value in least.items():
+        given = getattr(options, name)
+        if given is not None and given < value:
+            raise ValueError(f"{name}={given} is not allowed: give a whole number of {value} or more")

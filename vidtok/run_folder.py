@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from omegaconf import OmegaConf
 
@@ -17,27 +17,38 @@ from vidtok.checkpoints import clean, clean_checkpoints, newest_checkpoint, writ
 FREE_KEYS = {"run_dir", "max_steps", "max_minutes", "checkpoint_every", "evaluate_every", "log_every", "keep_checkpoints"}
 FREE_KEYS |= {"num_workers", "debug"}
 _ABSENT = "(absent)"
+MARKER_FILE = "run.json"
+RUN_FORMAT = 1
+# All that a start killed before its marker can have left.
+_BEFORE_MARKER = {".lock", f".tmp-{MARKER_FILE}"}
+
+Value = TypeVar("Value", str, int)
 
 
 class RunFolder:
     """Own the folder of one run for as long as this object is open.
 
-    Raises ValueError when another process owns it or when it holds checkpoints of another configuration.
+    Raises ValueError, with nothing touched, when it holds anything that no run of this command has made; and when another process
+    owns it or it holds checkpoints of another configuration.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], command: str) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
-        for folder in (path, self.checkpoints, path / "samples"):
-            folder.mkdir(parents=True, exist_ok=True)
+        _check_owner(path, command)
+        path.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(path)
         try:
+            if not (path / MARKER_FILE).exists():
+                write_text(path / MARKER_FILE, json.dumps({"command": command, "format_version": RUN_FORMAT}) + "\n")
+            for folder in (self.checkpoints, path / "samples"):
+                folder.mkdir(exist_ok=True)
             clean_checkpoints(self.checkpoints)
             clean(path / "model")
             if newest_checkpoint(self.checkpoints) is None:
                 # Nothing was trained here that a new configuration could spoil: a first try may have failed on a wrong option.
-                for name in ("config.yaml", "plan.json"):
+                for name in ("config.yaml", "plan.json", "first_values.json"):
                     (path / name).unlink(missing_ok=True)
             self.config = _keep_config(path, config)
         except BaseException:
@@ -70,6 +81,15 @@ class RunFolder:
         """Keep the plan for every later start."""
         write_text(self.path / "plan.json", json.dumps(plan, indent=1) + "\n")
 
+    def first_value(self, name: str, value: Value) -> Value:
+        """Give what the first call under this name gave, in this start or an earlier one."""
+        path = self.path / "first_values.json"
+        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if name not in values:
+            values[name] = value
+            write_text(path, json.dumps(values, indent=1) + "\n")
+        return values[name]
+
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """Give the first dotted key whose values differ, with both values; keys that a resumed run may change do not count."""
@@ -78,6 +98,34 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[st
         if key.split(".")[0] not in FREE_KEYS and before.get(key, _ABSENT) != now.get(key, _ABSENT):
             return key, before.get(key, _ABSENT), now.get(key, _ABSENT)
     return None
+
+
+def _check_owner(path: Path, command: str) -> None:
+    """Refuse a folder that holds anything without the marker of a run of this command."""
+    found = {child.name for child in path.iterdir()} if path.is_dir() else set()
+    marker = path / MARKER_FILE
+    # Listed before the marker is looked for: another process may be making the folder, and writes the marker first.
+    if not marker.is_file():
+        if found <= _BEFORE_MARKER:
+            return
+        raise ValueError(f"{path} is not empty and no run has made it ({_some(found)}): give a new or empty folder.")
+    try:
+        values = json.loads(marker.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        values = None
+    owner, version = (values.get("command"), values.get("format_version")) if isinstance(values, dict) else (None, None)
+    if owner is None or version is None:
+        raise ValueError(f"{path} holds a {MARKER_FILE} that no run has written ({_some(found)}): give a new or empty folder.")
+    if owner != command:
+        raise ValueError(f"{path} holds a run of {owner}, but this command is {command}: give another run_dir.")
+    if version != RUN_FORMAT:
+        raise ValueError(
+            f"{path} has run format {version}, this version reads {RUN_FORMAT}: continue with the version that made it."
+        )
+
+
+def _some(names: set[str]) -> str:
+    return f"it holds {', '.join(sorted(names)[:5])}{' and more' if len(names) > 5 else ''}"
 
 
 def _keep_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Options every training command shares: the only home of their defaults. Light to import, so that `--help` stays fast."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -55,11 +56,12 @@ def check_options(options: RunOptions) -> None:
             raise ValueError(f"{name}={value} is not allowed: give a whole number of at least 1.")
     for name in ("lr", "max_minutes", "clip_norm"):
         value = getattr(options, name)
-        if value is not None and not value > 0:
+        # clip_norm=.inf is how clipping is switched off.
+        if value is not None and not (value > 0 and (math.isfinite(value) or name == "clip_norm")):
             raise ValueError(f"{name}={value} is not allowed: give a number above 0.")
     for name in ("warmup_steps", "weight_decay", "seed", "num_workers"):
         value = getattr(options, name)
-        if value is not None and value < 0:
+        if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"{name}={value} is not allowed: give 0 or more.")
     if not 0 <= options.min_lr_ratio <= 1:
         raise ValueError(f"min_lr_ratio={options.min_lr_ratio} is not allowed: give the last lr as a share of lr, 0 to 1.")

@@ -34,7 +34,7 @@ from vidtok.interrupts import Interrupts
 from vidtok.optimizer import WeightAverage, build_optimizer, describe
 from vidtok.processes import from_main, has_fast_bf16, on_main
 from vidtok.progress import TrainingProgress
-from vidtok.run_folder import RunFolder
+from vidtok.run_folder import RunFolder, Value
 from vidtok.run_options import RunOptions, check_options
 from vidtok.sampler import StepSampler, build_loader, seed_everything, spread
 
@@ -85,7 +85,7 @@ class Runner:
         self._current, self._exit_status = 1, 0
         self._clips = options.batch_size * options.gradient_accumulation * self._accelerator.num_processes
         self._folder: RunFolder | None = None
-        self._state, self._resume_from = on_main(lambda: self._open(config))
+        self._state, self._resume_from = on_main(lambda: self._open(config, name))
         self._clock = RunClock(options, self._state)
         if not has_tensorboard:
             self.say("No TensorBoard curves: `pip install tensorboard` adds them (metrics.jsonl is written in any case).")
@@ -129,9 +129,24 @@ class Runner:
         """Print one line, once for all processes."""
         self._progress.say(text)
 
+    def check_data(self, name: str, fingerprint: str) -> None:
+        """Keep the fingerprint of the data called `name`; raises ValueError when an earlier start trained on other data."""
+        kept = self.first_value(f"data {name}", fingerprint)
+        if kept != fingerprint:
+            raise ValueError(
+                f"{self.path} was trained on {name} with fingerprint {kept}, but now they have {fingerprint}: "
+                "give back the old ones, or another run_dir."
+            )
+
+    def first_value(self, name: str, value: Value) -> Value:
+        """Give what the run's first start gave under this name, in every process; before the first checkpoint, what the last one gave."""
+        return on_main(lambda: value if self._folder is None else self._folder.first_value(name, value))
+
     def report(self, model: nn.Module, optimizer: Optimizer, memory_bytes: int | None = None) -> None:
         """Print parameters, untrained tensors, the caller's memory estimate, and how the run steps."""
-        rates = ", ".join(f"{self._clock.learning_rate(step):.2e} at step {step}" for step in (1, 10, 100))
+        horizon = self._clock.horizon
+        steps = [step for step in (1, 10, 100) if horizon is None or step <= horizon]
+        rates = ", ".join(f"{self._clock.learning_rate(step):.2e} at step {step}" for step in steps)
         devices = f"{self._accelerator.num_processes} x {self.device.type}, {'bf16' if self._uses_bf16 else 'fp32'}"
         lines = describe(self.unwrap(model), optimizer, memory_bytes)
         self.say("\n".join([*lines, f"{devices}, {self._clips} clips a step, lr {rates}"]))
@@ -142,10 +157,10 @@ class Runner:
         Weights are averaged (ema_decay) for the part called "model" only. A second part (a discriminator) is a second call.
         """
         if self.options.gradient_checkpointing:
-            enable = getattr(model, "gradient_checkpointing_enable", None)
-            if enable is None:
+            # Every PreTrainedModel has the method; without this flag it raises an error that is not ours.
+            if not getattr(model, "supports_gradient_checkpointing", False):
                 raise ValueError(f"{type(model).__name__} cannot recompute activations: set gradient_checkpointing=false.")
-            enable()
+            model.gradient_checkpointing_enable()  # type: ignore[operator]
         if self.options.compile:
             model.compile()  # in place, so that no key of the state dict is renamed
         model.train()
@@ -263,10 +278,14 @@ class Runner:
         for batch in DataLoader(spread(dataset, max_items), batch_size=self.options.batch_size):
             yield send_to_device(batch, self.device)
 
-    def _open(self, config: Mapping[str, Any]) -> tuple[TrainState, Path | None]:
-        self._folder = RunFolder(self.path, config)
+    def _open(self, config: Mapping[str, Any], name: str) -> tuple[TrainState, Path | None]:
+        self._folder = RunFolder(self.path, config, name)
         checkpoint = checkpoints.newest_checkpoint(self._folder.checkpoints)
-        state = TrainState() if checkpoint is None else checkpoints.read_state(checkpoint)
+        try:
+            state = TrainState() if checkpoint is None else checkpoints.read_state(checkpoint)
+        except ValueError:
+            self._folder.close()
+            raise
         self._folder.drop_metrics_after(state.step)
         state = replace(state, config=self._folder.config, plan=self._folder.read_plan() or state.plan)
         if renew_plan(self.options, state):
@@ -322,7 +341,8 @@ class Runner:
             raise TrainingError(f"Training stopped at step {step}: {self._best_key} is not a number; {self._newest()}.")
         self._write(values)
         self.say(f"step {step}: " + ", ".join(f"{key} {number:.4g}" for key, number in values.items()))
-        if best is None or (value < best if self._best_is_lowest else value > best):
+        # An infinite value (a codebook that is still empty) is no model to keep, not even the first one.
+        if math.isfinite(value) and (best is None or (value < best if self._best_is_lowest else value > best)):
             if save is not None:
                 self._save_model(save)
             self._state.best, self._state.best_step = value, step

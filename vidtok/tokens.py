@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from glob import escape
 from itertools import accumulate
@@ -64,7 +65,7 @@ class TokenWriter:
         self._rows_per_shard = rows_per_shard
         self._rows: list[TokenRow] = []
         self._num_shards = len(_shards(self.folder))
-        self.rows_done = sum(pq.read_metadata(path).num_rows for path in _shards(self.folder))
+        self.rows_done = sum(_counts(self.folder))
 
     def __enter__(self) -> Self:
         return self
@@ -89,10 +90,9 @@ class TokenWriter:
             self._write_shard()
         if not self.rows_done:
             raise ValueError(f"No row was added to {self.folder}: the data gave no clip that is long enough.")
-        tables = [pq.read_table(path, columns=["split", "frames"]) for path in _shards(self.folder)]
-        rows = pa.concat_tables(tables)
-        splits, frames = Counter(rows["split"].to_pylist()), sum(rows["frames"].to_pylist())
-        self.card = replace(self.card, complete=True, rows=rows.num_rows, frames=frames, splits=dict(sorted(splits.items())))
+        rows = _columns(self.folder, ["split", "frames"])
+        splits, frames = Counter(rows["split"]), sum(rows["frames"])
+        self.card = replace(self.card, complete=True, rows=len(rows["split"]), frames=frames, splits=dict(sorted(splits.items())))
         self.card.save(self.folder)
 
     def _open(self, card: Card, rows_per_shard: int) -> Card:
@@ -105,12 +105,14 @@ class TokenWriter:
             return card
         found = Card.load(self.folder)
         check_same_tokens(found, str(self.folder), card, "this command")
-        if not found.complete:
+        if found.complete:
+            _check_whole(self.folder, found, _columns(self.folder, ["split"])["split"])
+        else:
             _drop_last_short_shard(self.folder, rows_per_shard)
         return found
 
     def _write_shard(self) -> None:
-        name = f"shard-{self._num_shards:05d}.parquet"
+        name = _shard_name(self._num_shards)
         temporary = self.folder / f".tmp-{name}"
         pq.write_table(_table(self._rows, self.card), temporary, compression="zstd")
         sync(temporary)
@@ -124,25 +126,20 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
     """Every window of `window` latent frames in one split: {"indices": int64 (t, h, w), "actions": int64 (t,)}.
 
     Actions are zeros where none are recorded. Opened through Hugging Face datasets: an Arrow cache, mapped into memory and read
-    by slices. Raises ValueError for a dataset that is not complete, a split without rows, a window longer than every row and,
-    when read, ids outside the codebook.
+    by slices. Raises ValueError for a dataset that is not complete, a shard that is damaged or gone, a split without rows, a window
+    longer than every row and, when read, ids outside the codebook.
     """
 
     def __init__(self, folder: str | Path, split: str, window: int) -> None:
         self.folder = Path(folder).expanduser()
         self.card = Card.load(self.folder)
         self.window = window
-        if not self.card.complete:
-            raise ValueError(f"{self.folder} is not complete: run its vidtok-encode command again, it goes on where it stopped.")
+        longest = longest_row(self.folder, split)
         self._data = _open_shards(self.folder)
         self._chunk_starts = [0, *accumulate(len(chunk) for chunk in self._data.data.column("tokens").chunks)]
-        splits = self._column("split")
-        self._rows = [row for row, name in enumerate(splits) if name == split]
-        if not self._rows:
-            raise ValueError(f"{self.folder} has no row of split {split!r}: it has {dict(Counter(splits))}.")
+        self._rows = [row for row, name in enumerate(self._column("split")) if name == split]
         self._sources, self._lengths = self._column("source"), self._column("t")
         self._check_grid()
-        longest = max(self._lengths[row] for row in self._rows)
         if not 1 <= window <= longest:
             raise ValueError(
                 f"A window of {window} latent frames does not fit {self.folder}, where the longest row of split {split!r} "
@@ -220,11 +217,21 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         return list(self._data.data.column(name).to_pylist())
 
 
-def longest_row(folder: str | Path, split: str) -> int:
-    """Give the latent frames of the longest row of a split, 0 where it has none."""
-    paths = _shards(Path(folder).expanduser())
-    columns = [pq.read_table(path, columns=["split", "t"]).to_pydict() for path in paths]
-    return max((t for table in columns for name, t in zip(table["split"], table["t"], strict=True) if name == split), default=0)
+def longest_row(folder: str | Path, split: str, is_optional: bool = False) -> int:
+    """Give the latent frames of the longest row of a split; 0 for a split without rows where is_optional allows that.
+
+    Raises ValueError for another split without rows, for a dataset that is not complete, and for a shard that is damaged or gone.
+    """
+    folder = Path(folder).expanduser()
+    card = Card.load(folder)
+    if not card.complete:
+        raise ValueError(f"{folder} is not complete: run its vidtok-encode command again, it goes on where it stopped.")
+    rows = _columns(folder, ["split", "t"])
+    _check_whole(folder, card, rows["split"])
+    lengths = [length for name, length in zip(rows["split"], rows["t"], strict=True) if name == split]
+    if not lengths and not is_optional:
+        raise ValueError(f"{folder} has no row of split {split!r}: it has {card.splits}.")
+    return max(lengths, default=0)
 
 
 def _open_shards(folder: Path) -> Any:
@@ -237,18 +244,72 @@ def _open_shards(folder: Path) -> Any:
         # The paths are read as glob patterns, and a folder may well be called runs/size=[64,64].
         paths = [escape(str(path.resolve())) for path in _shards(folder)]
         return datasets.Dataset.from_parquet(paths, cache_dir=str(folder / ".cache") if access(folder, W_OK) else None)
+    except datasets.exceptions.DatasetGenerationError:
+        _columns(folder, None)  # names the damaged shard, which datasets does not
+        raise
     finally:
         if not was_quiet:
             datasets.enable_progress_bars()
 
 
 def _shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob(_SHARDS))
+    """Give the shards in order. Raises ValueError where one between the first and the last is gone."""
+    paths = sorted(folder.glob(_SHARDS))
+    for number, path in enumerate(paths):
+        if path.name != _shard_name(number):
+            raise ValueError(f"{folder / _shard_name(number)} is gone: copy the folder again, or encode into a new one.")
+    return paths
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.parquet"
+
+
+def _counts(folder: Path) -> list[int]:
+    """Give the number of rows of every shard."""
+    counts = []
+    for path in _shards(folder):
+        with _naming_damage(path):
+            counts.append(pq.read_metadata(path).num_rows)
+    return counts
+
+
+def _columns(folder: Path, names: list[str] | None) -> dict[str, list[Any]]:
+    """Read columns (None for all) of every row of every shard."""
+    columns: dict[str, list[Any]] = {name: [] for name in names or ()}
+    for path in _shards(folder):
+        with _naming_damage(path):
+            table = pq.read_table(path, columns=names)
+            for name, values in columns.items():
+                values += table[name].to_pylist()
+    return columns
+
+
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: copy the folder again, or encode into a new one.") from error
+
+
+def _check_whole(folder: Path, card: Card, splits: Sequence[str]) -> None:
+    """Compare the rows there are with those that the card of a complete dataset counts."""
+    if not splits:
+        raise ValueError(
+            f"{folder / _shard_name(0)} is gone, and every other shard: copy the folder again, or encode into a new one."
+        )
+    found = dict(sorted(Counter(splits).items()))
+    if len(splits) != card.rows or found != card.splits:
+        raise ValueError(
+            f"{folder} has {len(splits)} rows {found}, but its {CARD_FILE} counts {card.rows} {card.splits}: "
+            "a shard is gone or replaced, copy the folder again, or encode into a new one."
+        )
 
 
 def _drop_last_short_shard(folder: Path, rows_per_shard: int) -> None:
     """Remove the remainder that `finish` wrote before it was cut off, so that the next shard begins where it would have."""
-    counts = [pq.read_metadata(path).num_rows for path in _shards(folder)]
+    counts = _counts(folder)
     if counts and counts[-1] < rows_per_shard:
         _shards(folder)[-1].unlink()
         counts.pop()

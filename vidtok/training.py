@@ -50,17 +50,19 @@ def train_tokenizer(
     _check_clip(options, model_config)
     with Runner(options, config, name="vidtok-train", best="validation_loss") as runner:
         episodes = build_episodes(data)
+        runner.check_data("data", episodes.manifest_hash)
         _check_frame(episodes, model_config)
         write_rejects(runner.path / "rejects.csv", episodes.rejects)
         clips = GappedClips(episodes, "train", options.clip_frames, options.frame_gap)
         held_out = _held_out(runner, episodes, options)
+        unquantized_steps = _unquantized_steps(runner, options)
         model: nn.Module = VidTokModel(model_config).to(memory_format=torch.channels_last)
         model, optimizer = runner.prepare(model, build_optimizer(model, options))
         if not runner.is_finished:
             _report(runner, model, optimizer, episodes, clips, model_config, options)
 
         def compute_loss(network: nn.Module, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            output = network(video, is_quantized=runner.step >= options.unquantized_steps)
+            output = network(video, is_quantized=runner.step >= unquantized_steps)
             reconstruction = reconstruction_loss(output.reconstruction, video, options.loss)
             return reconstruction + output.quantizer_loss, {
                 "reconstruction_loss": reconstruction,
@@ -114,6 +116,17 @@ def _held_out(runner: Runner, episodes: EpisodeSet, options: TrainTokenizerOptio
         )
         return None
     return GappedClips(episodes, "validation", options.clip_frames, options.frame_gap)
+
+
+def _unquantized_steps(runner: Runner, options: TrainTokenizerOptions) -> int:
+    """Leave a short run at least four fifths of its steps to train the quantizer."""
+    wanted, steps = options.unquantized_steps, options.max_steps
+    limit = wanted if steps is None else min(wanted, steps // 5)
+    # A run continued for longer must not fall back to unquantised latents: its first limit stays.
+    limit = min(limit, runner.first_value("unquantized_steps", limit))
+    if limit < wanted and not runner.is_finished:
+        runner.say(f"unquantized_steps={wanted} is cut to {limit}, a fifth of max_steps, so that the quantizer is trained too")
+    return limit
 
 
 def _picture(video: Tensor, reconstruction: Tensor) -> np.ndarray:

@@ -26,6 +26,8 @@ def make_ids() -> Callable[..., torch.Tensor]:
     def make(model: VidGPTForCausalLM, batch: int = 2, frames: int | None = None, seed: int = 0) -> torch.Tensor:
         layout, generator = model.model.layout, torch.Generator().manual_seed(seed)
         shape = (batch, frames or model.config.window, layout.height, layout.width)
-        return layout.flatten(torch.randint(0, layout.codebook_size, shape, generator=generator))
+        indices = torch.randint(0, layout.codebook_size, shape, generator=generator)
+        actions = torch.randint(0, layout.num_actions, shape[:2], generator=generator) if layout.num_actions else None
+        return layout.flatten(indices, actions)
 
     return make

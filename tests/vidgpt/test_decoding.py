@@ -14,13 +14,21 @@ def grids(model, ids: torch.Tensor) -> torch.Tensor:
     return model.model.layout.unflatten(ids)
 
 
+def random_actions(batch: int, frames: int) -> torch.Tensor:
+    return torch.randint(0, 3, (batch, frames), generator=torch.Generator().manual_seed(3))
+
+
+def random_grids(batch: int, frames: int) -> torch.Tensor:
+    return torch.randint(0, 20, (batch, frames, 3, 2), generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize("with_actions", [False, True])
 @pytest.mark.parametrize("context", [1, 3])
-def test_greedy_decoding_equals_transformers_generate(with_actions, context, make_model, make_ids) -> None:
+def test_greedy_decoding_equals_transformers_generate(with_actions, context, make_model) -> None:
     model = make_model(num_actions=3 if with_actions else 0)
     layout = model.model.layout
-    given = grids(model, make_ids(model, batch=3, frames=context))
-    actions = torch.randint(0, 3, (3, 5), generator=torch.Generator().manual_seed(3)) if with_actions else None
+    given = random_grids(3, context)
+    actions = random_actions(3, 5) if with_actions else None
     prompt = layout.flatten(given, None if actions is None else actions[:, :context])
     theirs = model.generate(
         prompt,
@@ -44,14 +52,30 @@ def test_greedy_decoding_equals_decoding_without_a_cache(make_model, make_ids) -
     assert torch.equal(roll_out(model, given, 3), layout.unflatten(ids)[:, 2:])
 
 
-def test_every_sampled_id_is_legal_even_when_the_model_wants_a_special(make_model, make_ids) -> None:
+def test_every_sampled_id_is_legal_even_when_the_model_wants_a_special(make_model) -> None:
     model = make_model(num_actions=3)
     with torch.no_grad():
         model.lm_head.weight[20:] *= 100
-    given = grids(model, make_ids(model, batch=64, frames=1))
-    sampled = roll_out(model, given, 4, options=SamplingOptions(temperature=2.0))
+    given = random_grids(64, 1)
+    sampled = roll_out(model, given, 4, options=SamplingOptions(temperature=2.0), actions=random_actions(64, 5))
     assert 0 <= int(sampled.min()) <= int(sampled.max()) < 20
     assert sampled.numel() == 64 * 4 * 6
+
+
+def test_actions_are_given_exactly_where_the_model_was_trained_with_them(make_model) -> None:
+    with pytest.raises(ValueError, match="trained with 3 actions, and none came"):
+        roll_out(make_model(num_actions=3), random_grids(2, 2), 3)
+    with pytest.raises(ValueError, match="trained without actions"):
+        roll_out(make_model(), random_grids(2, 2), 3, actions=random_actions(2, 5))
+
+
+def test_an_action_changes_the_frames_from_its_own_on(make_model) -> None:
+    model, given, actions = make_model(num_actions=3), random_grids(4, 1), random_actions(4, 5)
+    edited = actions.clone()
+    edited[:, 3] = (edited[:, 3] + 1) % 3
+    before, after = (roll_out(model, given, 4, actions=taken) for taken in (actions, edited))
+    assert torch.equal(before[:, :2], after[:, :2])
+    assert not torch.equal(before[:, 2], after[:, 2])
 
 
 def test_a_sample_depends_on_its_seed_and_number_alone(make_model, make_ids) -> None:
@@ -98,6 +122,15 @@ def test_generate_runs_on_our_cache(make_model, make_ids) -> None:
     prompt = make_ids(model, frames=2)
     with_ours = model.generate(prompt, max_new_tokens=9, do_sample=False, past_key_values=SlotCache(2, 35))
     assert torch.equal(with_ours, model.generate(prompt, max_new_tokens=9, do_sample=False, use_cache=False))
+
+
+def test_generate_past_the_window_is_one_sentence(make_model, make_ids) -> None:
+    model = make_model()
+    prompt = make_ids(model, frames=4)
+    # The last token needs no position of its own: it is never read.
+    assert model.generate(prompt, max_new_tokens=8, do_sample=False).shape[1] == 36
+    with pytest.raises(ValueError, match="position_ids from 35 to 35 do not fit the window of 5 frames"):
+        model.generate(prompt, max_new_tokens=9, do_sample=False)
 
 
 @pytest.mark.parametrize(("context", "future"), [(2, 4), (5, 1), (1, 0)])

@@ -50,6 +50,13 @@ def test_a_start_gives_the_truth_that_follows(numbered) -> None:
     assert brightness(context.truth) == [13, 14, 15, 16]
 
 
+def test_the_truth_ends_where_the_future_asked_for_does(numbered) -> None:
+    context = read_context(numbered, card(stride_t=4), context=8, future=8, start=0.0)
+    assert brightness(context.video) == [0, 1, 2, 3, 4]
+    assert context.truth is not None
+    assert brightness(context.truth) == [5, 6, 7, 8, 9, 10, 11, 12]
+
+
 def test_another_rate_is_resampled_and_said(numbered) -> None:
     context = read_context(numbered, card(fps=12.5), context=4, future=1)
     assert brightness(context.video) == [12, 14, 16, 18]

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -79,6 +80,18 @@ def test_a_hidden_position_has_no_influence(make_model, make_ids) -> None:
     assert not before.isnan().any()
 
 
+def test_a_left_padded_row_equals_the_row_alone(make_model, make_ids) -> None:
+    model = make_model()
+    input_ids = make_ids(model, batch=2, frames=3)
+    padded = torch.cat([torch.zeros(2, 5, dtype=torch.long), input_ids], dim=1)
+    padded[1] = torch.cat([input_ids[1], input_ids[1, :5]])
+    mask, positions = torch.ones_like(padded), torch.arange(26).repeat(2, 1)
+    mask[0, :5], positions[0] = 0, (positions[0] - 5).clamp(min=0)
+    logits = model(padded, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(logits[0, 5:], model(input_ids[:1]).logits[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits[1], model(padded[1:]).logits[0], atol=1e-5, rtol=0)
+
+
 def test_evaluation_twice_is_equal_with_dropout_configured(make_model, make_ids) -> None:
     model = make_model(attention_dropout=0.5)
     input_ids = make_ids(model)
@@ -113,6 +126,19 @@ def test_the_loss_is_the_cross_entropy_of_the_shifted_logits(options, make_model
     torch.testing.assert_close(model(input_ids, labels=labels).loss, expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"loss_chunk": 22 * 5}, {"num_actions": 3}], ids=str)
+def test_the_loss_reaches_every_picture_token_and_no_lead(options, make_model, make_ids) -> None:
+    model, hidden_states = make_model(**options), []
+    model.model.norm.register_forward_hook(lambda _, __, output: hidden_states.append(output))
+    input_ids = make_ids(model)
+    loss = model(input_ids, labels=model.model.layout.labels(input_ids)).loss
+    (gradient,) = torch.autograd.grad(loss, hidden_states)
+    # Logits at p are for p + 1, and leads stand at 0, 7, 14, ...; the lead at 0 foretells the first picture token.
+    is_silent = (gradient == 0).all(-1)
+    assert is_silent[0].nonzero().flatten().tolist() == [6, 13, 20, 27, 34]
+    assert torch.equal(is_silent[0], is_silent[1])
+
+
 @pytest.mark.parametrize("max_logits", [1, 7 * 11, 7 * 40, 10**6])
 def test_a_chunked_loss_has_the_value_and_gradients_of_the_whole(max_logits: int) -> None:
     torch.manual_seed(0)
@@ -144,6 +170,12 @@ def test_a_saved_model_loads_equal_in_a_new_process(options, make_model, make_id
     )
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_generate_of_a_saved_model_draws_from_every_id(make_model, tmp_path) -> None:
+    save_model(make_model(), tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["top_k"] == 0
+    assert load_model(VidGPTForCausalLM, tmp_path).generation_config.top_k == 0
 
 
 def test_one_batch_overfits(make_model, make_ids) -> None:
@@ -180,7 +212,27 @@ def test_a_sequence_past_the_window_is_refused(make_model, make_ids) -> None:
         model(make_ids(model, frames=6))
 
 
-@pytest.mark.parametrize("options", [{"num_attention_heads": 5}, {"num_key_value_heads": 3}, {"window": 1}, {"head_dim": 7}])
+@pytest.mark.parametrize(("position", "sentence"), [(-1, "from -1 to 6 do not fit"), (35, r"to 35 do not fit .* \(0 to 34\)")])
+def test_positions_outside_the_window_are_refused(position: int, sentence: str, make_model, make_ids) -> None:
+    model, positions = make_model(), torch.arange(7)
+    assert model(make_ids(model, frames=1), position_ids=positions).logits.isfinite().all()
+    positions[0] = position
+    with pytest.raises(ValueError, match=sentence):
+        model(make_ids(model, frames=1), position_ids=positions)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_attention_heads": 5},
+        {"num_key_value_heads": 3},
+        {"window": 1},
+        {"head_dim": 7},
+        {"num_hidden_layers": -2},
+        {"attention_dropout": 7.0},
+        {"rope_theta": -3.0},
+    ],
+)
 def test_an_impossible_architecture_is_refused(options: dict) -> None:
     with pytest.raises(Exception, match="|".join(options)):
         VidGPTConfig(**options)

@@ -152,7 +152,7 @@ def grow(layout: TokenLayout, actions: Tensor | None, frames: int, rows: int) ->
     """Write sequences slot by slot from random scores, as generate would."""
     processor = LayoutLogitsProcessor(layout, actions)
     draws = generators(1, rows)
-    ids = layout.leads(1, rows)
+    ids = layout.leads(1, rows, None if actions is None else actions[:, :1])
     while ids.shape[1] < frames * layout.tokens_per_frame:
         scores = processor(ids, random_logits(rows, layout.vocab_size + 3, seed=ids.shape[1]))
         ids = torch.cat([ids, sample(scores, SamplingOptions(), draws)[:, None]], dim=1)

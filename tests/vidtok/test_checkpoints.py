@@ -39,6 +39,13 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
         read_state(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["", "[]", "7", '{"format_version": 1, "colour": "red"}'])
+def test_a_damaged_state_names_the_checkpoint_and_what_to_do(tmp_path: Path, text: str) -> None:
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"^{tmp_path} is damaged \(.*\): delete that folder, and the run goes on from"):
+        read_state(tmp_path)
+
+
 def test_the_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     assert describe_newest(tmp_path) == "there is no checkpoint yet"
     for name in ("step_999999", "step_1000000", "step_2000000.part"):

@@ -11,6 +11,7 @@ from einops import rearrange
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
+from vidtok import metrics
 from vidtok.metrics import PSNR_CAP_DB, CodeMeter, FrameMeter, psnr, psnr_by_frame, ssim, ssim_by_frame
 
 
@@ -73,6 +74,22 @@ def test_ssim_does_not_depend_on_the_neighbouring_frames_or_on_chunking() -> Non
     whole = ssim_by_frame(video, reference)
     alone = torch.cat([ssim_by_frame(video[:, :, t : t + 1], reference[:, :, t : t + 1]) for t in range(40)], dim=1)
     torch.testing.assert_close(whole, alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("measure", [psnr_by_frame, ssim_by_frame])
+def test_work_is_bounded_by_pixels_and_a_bound_changes_no_figure(measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    video, reference = clips(5, (3, 3, 5, 24, 20))
+    whole, sizes = measure(video, reference), []
+    for name in ("_ssim_of_images", "_squared_error_of_images"):
+        compare = getattr(metrics, name)
+        monkeypatch.setattr(
+            metrics, name, lambda images, targets, compare=compare: sizes.append(len(images)) or compare(images, targets)
+        )
+    for bound, largest in ((1, 1), (4 * 24 * 20 + 1, 4), (10**6, 15)):
+        sizes.clear()
+        monkeypatch.setattr(metrics, "PIXELS_AT_ONCE", bound)
+        torch.testing.assert_close(measure(video, reference), whole, atol=1e-6, rtol=0)
+        assert max(sizes) == largest and sum(sizes) == 15
 
 
 def test_wrong_shapes_types_and_sizes_are_refused_with_what_came() -> None:

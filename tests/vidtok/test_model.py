@@ -169,6 +169,8 @@ def test_ids_outside_the_codebook_are_refused() -> None:
         {"channel_multipliers": [1]},
         {"width": 0},
         {"encoder_kernel": 2},
+        {"vq_decay": 1.7},
+        {"dead_code_ratio": 50.0},
     ],
 )
 def test_an_impossible_architecture_is_refused(options: dict) -> None:

@@ -21,6 +21,8 @@ from vidtok.run_options import RunOptions, check_options, options_from
         ({"precision": "fp16"}, "auto, fp32 or bf16"),
         ({"min_lr_ratio": 2.0}, "min_lr_ratio"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"lr": float("inf")}, "lr=inf"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan"),
     ],
 )
 def test_impossible_options_are_refused_by_name(change: dict[str, Any], message: str) -> None:

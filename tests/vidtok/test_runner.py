@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from vidtok.checkpoints import newest_checkpoint, read_state
+from vidtok.config import VidTokConfig
+from vidtok.model import VidTokModel
 from vidtok.run_options import options_from
 from vidtok.runner import Runner, TrainingError, build_optimizer
 
@@ -411,3 +414,92 @@ def test_an_evaluation_without_the_deciding_figure_is_refused(tmp_path: Path) ->
             with pytest.raises(ValueError, match=r"evaluate gave \['loss'\], without 'psnr'"):
                 runner.after_step(step, logs, lambda: {"loss": 1.0})
             break
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+@pytest.mark.parametrize("name", ["model.safetensors", "model_optimizer.pt", "model_average.safetensors"])
+def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(tmp_path: Path, name: str, content: bytes | None) -> None:
+    train(settings(tmp_path, max_steps=4))
+    file = tmp_path / "checkpoints" / "step_000004" / name
+    file.write_bytes(file.read_bytes()[:-200] if content is None else content)
+    with pytest.raises(ValueError, match=rf"^{file.parent} is damaged .*: delete that folder, and the run goes on") as caught:
+        train(settings(tmp_path, max_steps=6))
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(file.parent)
+    train(settings(tmp_path, max_steps=6))
+    checkpoint = newest_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None and checkpoint.name == "step_000006"
+
+
+def evaluate_as(config: dict[str, Any], values: list[float]) -> None:
+    """Train with evaluations that give these values, one after every step."""
+    with Runner(options_from(config), config, "test") as runner:
+        model = Noisy()
+        wrapped, optimizer = runner.prepare(model, build_optimizer(model, options_from(config)))
+        for step, batches in runner.steps(Points()):
+            logs = runner.update(wrapped, optimizer, batches, compute_loss)
+            runner.after_step(
+                step, logs, lambda: {"validation_loss": values[runner.step - 1]}, lambda folder: _write_step(runner, folder)
+            )
+
+
+def _write_step(runner: Runner, folder: Path) -> None:
+    (folder / "step").write_text(str(runner.step))
+
+
+def test_an_infinite_evaluation_never_makes_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = settings(tmp_path / "never", max_steps=2, evaluate_every=1)
+    evaluate_as(config, [float("inf"), float("inf")])
+    assert not (tmp_path / "never" / "model").exists()
+    assert "all steps are done; no model was good enough to be saved." in capsys.readouterr().out
+    evaluate_as(settings(tmp_path / "later", max_steps=3, evaluate_every=1), [float("inf"), 3.0, float("-inf")])
+    assert (tmp_path / "later" / "model" / "step").read_text() == "2"
+    assert "best validation_loss 3 at step 2" in capsys.readouterr().out
+
+
+def test_a_run_whose_data_changed_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    train(config, stop_after=4)
+
+    def check(name: str, fingerprint: str) -> None:
+        with Runner(options_from(config), config, "test") as runner:
+            runner.check_data(name, fingerprint)
+
+    check("tokens", "old")
+    check("tokens", "old")
+    check("others", "new")
+    with pytest.raises(ValueError, match="was trained on tokens with fingerprint old, but now they have new: give back the old"):
+        check("tokens", "new")
+
+
+def test_before_the_first_checkpoint_data_may_still_change(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    for fingerprint in ("old", "new"):
+        with Runner(options_from(config), config, "test") as runner:
+            runner.check_data("tokens", fingerprint)
+            assert runner.first_value("data tokens", "other") == fingerprint
+
+
+@pytest.mark.parametrize(("max_steps", "expected"), [(4, [1]), (12, [1, 10]), (100, [1, 10, 100])])
+def test_rates_are_reported_for_steps_that_there_are(
+    tmp_path: Path, max_steps: int, expected: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(tmp_path, max_steps=max_steps)
+    with Runner(options_from(config), config, "test") as runner:
+        model = Noisy()
+        wrapped, optimizer = runner.prepare(model, build_optimizer(model, options_from(config)))
+        runner.report(wrapped, optimizer, 3 * 2**28)
+        runner.report(wrapped, optimizer, 3 * 2**29)
+    said = capsys.readouterr().out
+    assert [int(step) for step in re.findall(r"at step (\d+)", said)] == expected * 2
+    assert "estimated memory: 768 MiB\n" in said and "estimated memory: 1.50 GiB\n" in said
+
+
+def test_a_model_that_cannot_recompute_activations_is_refused_by_name(tmp_path: Path) -> None:
+    config = settings(tmp_path, gradient_checkpointing=True)
+    model = VidTokModel(VidTokConfig(width=8, encoder_blocks=1, decoder_blocks=1))
+    with (
+        Runner(options_from(config), config, "test") as runner,
+        pytest.raises(ValueError, match=r"^VidTokModel cannot recompute"),
+    ):
+        runner.prepare(model, build_optimizer(model, options_from(config)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vidtok.card import Card, check_cards
-from vidtok.tokens import TokenDataset, TokenRow, TokenWriter
+from vidtok.tokens import TokenDataset, TokenRow, TokenWriter, longest_row
 
 GRID = (2, 3)
 
@@ -299,3 +299,95 @@ def test_a_card_of_another_format_is_refused(tmp_path: Path, change: dict[str, A
 def test_a_folder_without_a_card_is_refused_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"card.json does not exist: give a folder"):
         Card.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"codebook_size": "fifty"}, "has codebook_size='fifty', which is not of type int"),
+        ({"codebook_size": True}, "has codebook_size=True, which is not of type int"),
+        ({"stride_t": 1.5}, "has stride_t=1.5, which is not of type int"),
+        ({"fps": "25"}, "has fps='25', which is not of type float"),
+        ({"data_name": None}, "has data_name=None, which is not of type str"),
+        ({"complete": "yes"}, "has complete='yes', which is not of type bool"),
+        ({"splits": ["train"]}, r"has splits=\['train'\], which is not of type dict"),
+        ({"splits": {"train": "all"}}, "which is not of type dict"),
+    ],
+)
+def test_a_card_with_a_value_of_another_kind_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    card().save(tmp_path)
+    rewrite_card(tmp_path, **change)
+    with pytest.raises(ValueError, match=message):
+        Card.load(tmp_path)
+
+
+def test_a_card_of_before_the_clips_were_recorded_is_read(tmp_path: Path) -> None:
+    card(fps=25).save(tmp_path)
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if "clip_" not in key}))
+    assert Card.load(tmp_path) == card(fps=25)
+
+
+def open_in_every_way(folder: Path) -> Iterator[str]:
+    """Give the sentence of everything that reads the folder."""
+    for act in (
+        lambda: TokenDataset(folder, "train", 2),
+        lambda: longest_row(folder, "train"),
+        lambda: TokenWriter(folder, card(), rows_per_shard=2),
+    ):
+        with pytest.raises(ValueError) as caught:
+            act()
+        yield str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ([0], "shard-00000.parquet is gone"),
+        ([1], "shard-00001.parquet is gone"),
+        ([2], "has 4 rows {'train': 4}, but its card.json counts 5 {'train': 4, 'validation': 1}: a shard is gone or replaced"),
+        ([0, 1, 2], "shard-00000.parquet is gone, and every other shard"),
+    ],
+)
+def test_a_shard_that_is_gone_is_noticed(tmp_path: Path, gone: list[int], message: str) -> None:
+    write(tmp_path)
+    for number in gone:
+        (tmp_path / f"shard-{number:05d}.parquet").unlink()
+    assert all(message in sentence and "\n" not in sentence for sentence in open_in_every_way(tmp_path))
+
+
+@pytest.mark.parametrize("damage", [lambda old: b"", lambda old: b"garbage" * 9, lambda old: old[: len(old) // 2]])
+def test_a_damaged_shard_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    write(tmp_path)
+    shard = tmp_path / "shard-00001.parquet"
+    shard.write_bytes(damage(shard.read_bytes()))
+    assert set(open_in_every_way(tmp_path)) == {f"{shard} is damaged: copy the folder again, or encode into a new one."}
+
+
+def test_a_shard_damaged_in_its_tokens_is_named(tmp_path: Path) -> None:
+    write(tmp_path)
+    shard = tmp_path / "shard-00001.parquet"
+    column = pq.read_metadata(shard).row_group(0).column(7)
+    assert column.path_in_schema.startswith("tokens")
+    content, start = bytearray(shard.read_bytes()), column.dictionary_page_offset or column.data_page_offset
+    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"shard-00001.parquet is damaged: copy the folder again"):
+        TokenDataset(tmp_path, "train", 2)
+
+
+def test_the_shards_of_an_encoding_that_goes_on_must_all_be_there(tmp_path: Path) -> None:
+    write(tmp_path, rows_per_shard=1)
+    Card.load(tmp_path).begun().save(tmp_path)
+    (tmp_path / "shard-00001.parquet").unlink()
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match=r"shard-00001.parquet is gone"):
+        TokenWriter(tmp_path, card(), rows_per_shard=1)
+    assert files_of(tmp_path) == before
+
+
+def test_the_longest_row_of_a_split_that_is_not_there_is_zero_only_if_asked(dataset_folder: Path) -> None:
+    assert (longest_row(dataset_folder, "train"), longest_row(dataset_folder, "validation")) == (9, 6)
+    assert longest_row(dataset_folder, "test", is_optional=True) == 0
+    with pytest.raises(ValueError, match=r"no row of split 'test': it has \{'train': 4, 'validation': 1\}"):
+        longest_row(dataset_folder, "test")

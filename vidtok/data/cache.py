@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -40,6 +41,17 @@ def _user_cache() -> Path:
 def cache_key(content: Any) -> str:
     """Hash anything that JSON can hold to a file name of 32 hex digits."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def recall(path: Path, make: Callable[[], Any]) -> Any:
+    """Give the JSON content of a cache file, made and written first where there is none."""
+    if path.exists():
+        return json.loads(path.read_text())
+    content = make()
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content))
+    temporary.replace(path)
+    return content
 
 
 class FrameWriter:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
-from vidtok.data.cache import FrameWriter, cache_key, count_frames, open_cache, progress_bar
+from vidtok.data.cache import FrameWriter, cache_key, count_frames, open_cache, progress_bar, recall
 from vidtok.data.episodes import Episode, EpisodeSet, FrameFile, Reject, hash_manifest
 from vidtok.data.find import Source, find_sources
 from vidtok.data.options import FilesOptions
-from vidtok.video import VideoError, VideoInfo, iter_frames, probe, resize_frames
+from vidtok.video import IMAGE_SUFFIXES, VideoError, VideoInfo, iter_frames, probe, resize_frames
 
 # From this number on whole files are held out; below it the end of every file is.
 MIN_FILES_TO_HOLD_OUT = 10
+LEAST_HELD_OUT = 24  # frames of a single video, where a quarter of it has as many
+# A video file has its index and its first frames in one of its ends.
+_DIGEST_BYTES = 2**20
 
 
 def build(options: FilesOptions) -> EpisodeSet:
@@ -47,7 +48,7 @@ def build(options: FilesOptions) -> EpisodeSet:
         num_actions=0,
         episodes=episodes,
         rejects=rejects,
-        manifest_hash=hash_manifest([manifest, fps, list(options.size), [source.state[0] for source in paths]]),
+        manifest_hash=hash_manifest([manifest, fps, list(options.size), [_content(source, folder) for source in paths]]),
     )
 
 
@@ -74,13 +75,27 @@ def _probe_all(sources: list[Source], folder: Path, rejects: list[Reject]) -> di
 def _probe(source: Source, folder: Path) -> VideoInfo:
     """Probe a source, or recall what an earlier run found: probing reads the whole file."""
     path = folder / f"probe-{cache_key([str(source.path), source.state])}.json"
-    if path.exists():
-        return VideoInfo(**json.loads(path.read_text()))
-    info = probe(source.path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(asdict(info)))
-    temporary.replace(path)
-    return info
+    return VideoInfo(**recall(path, lambda: asdict(probe(source.path))))
+
+
+def _content(source: Source, folder: Path) -> str:
+    """Hash what is in a source, so that a copy with another date is the same and a rewritten file of equal size is not."""
+    path = folder / f"content-{cache_key([str(source.path), source.state])}.json"
+    return recall(path, lambda: _digest(source.path))
+
+
+def _digest(path: Path) -> str:
+    """Hash the size and both ends of a file, or of each image of a folder."""
+    digest = hashlib.sha256()
+    parts = sorted(child for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+    for part in parts:
+        size = part.stat().st_size
+        digest.update(f"{part.name if path.is_dir() else ''} {size}\n".encode())
+        with part.open("rb") as file:
+            digest.update(file.read(_DIGEST_BYTES))
+            file.seek(max(_DIGEST_BYTES, size - _DIGEST_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
 
 
 def _decode_all(
@@ -135,7 +150,9 @@ def _split(paths: dict[Source, Path], fps: float, validation: float) -> list[Epi
     for source, path in paths.items():
         count = count_frames(path)
         is_divided = validation > 0 and count > 1
-        middle = min(count - 1, max(1, round(count * (1 - validation)))) if is_divided else count
+        # A tenth of a short video would be too short to predict anything in.
+        kept_back = max(round(count * validation), min(LEAST_HELD_OUT, count // 4))
+        middle = min(count - 1, max(1, count - kept_back)) if is_divided else count
         episodes.append(Episode(source.name, 0.0, fps, FrameFile(str(path), 0, middle), None, "train"))
         if is_divided:
             episodes.append(Episode(source.name, middle / fps, fps, FrameFile(str(path), middle, count), None, "validation"))

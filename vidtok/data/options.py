@@ -30,7 +30,7 @@ class FilesOptions:
     root: str = ""
     fps: float | None = None  # frames a second; null takes the first video's rate
     size: list[int] = field(default_factory=lambda: [64, 64])  # height, width in pixels
-    validation: float = 0.1  # fraction held out
+    validation: float = 0.1  # fraction held out; of few videos the end of each, at least 24 frames or a quarter
     pattern: str | None = None  # glob on the path below root, such as "*.mp4"
     cache_dir: str | None = None  # null is the platform's user cache
     cache_gb: float = 20.0

@@ -1,0 +1,172 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vidgpt import prediction
+from vidgpt.config import VidGPTConfig
+from vidgpt.model import VidGPTForCausalLM
+from vidgpt.options import PredictOptions
+from vidgpt.prediction import predict_file
+from vidgpt.rollout import Predictor, check_model
+from vidgpt.sampling import SamplingOptions
+from vidtok.card import Card
+from vidtok.config import VidTokConfig
+from vidtok.folders import save_model
+from vidtok.model import VidTokModel
+from vidtok.video import write_png
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A model folder with its card and tokenizer, all untrained."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    tokenizer = VidTokModel(VidTokConfig(stride_t=1, width=8, encoder_blocks=1, decoder_blocks=1))
+    save_model(tokenizer, folder / "tokenizer")
+    sizes = {"codebook_size": tokenizer.config.codebook_size, "grid_height": 2, "grid_width": 2}
+    save_model(
+        VidGPTForCausalLM(VidGPTConfig(**sizes, window=6, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)), folder
+    )
+    frame = {"stride_t": 1, "stride_s": 8, "fps": 10.0, "frame_height": 16, "frame_width": 16, "num_actions": 3}
+    Card(tokenizer.fingerprint(), **sizes, **frame, data_name="files", manifest_hash="m").save(folder)
+    return folder
+
+
+def write_pictures(folder: Path, name: str = "frame_{:04d}.png") -> dict[Path, bytes]:
+    folder.mkdir(parents=True)
+    for index in range(4):
+        write_png(folder / name.format(index), np.full((16, 16, 3), 60 * index, np.uint8))
+    return contents(folder)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def options(checkpoint: Path, source: Path, output: Path, **others: object) -> PredictOptions:
+    values = {"context": 2, "future": 3, **others}
+    return PredictOptions(checkpoint=str(checkpoint), input=str(source), output=str(output), **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["frame_{:04d}.png", "picture {}.png"])
+@pytest.mark.parametrize(
+    ("source", "output"), [("shots/frames", "shots"), ("shots/frames", "shots/frames"), ("shots/./frames", "shots")]
+)
+def test_pictures_where_the_output_would_go_are_refused_and_kept(name, source, output, checkpoint: Path, tmp_path) -> None:
+    before = write_pictures(tmp_path / "shots" / "frames", name)
+    with pytest.raises(ValueError, match=r"^input=.* lies where output=.* is written"):
+        predict_file(options(checkpoint, tmp_path / source, tmp_path / output))
+    assert contents(tmp_path) == before
+
+
+def test_a_prediction_is_no_input_of_its_own_folder(checkpoint: Path, tmp_path) -> None:
+    write_pictures(tmp_path / "in")
+    predict_file(options(checkpoint, tmp_path / "in", tmp_path / "out"))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="lies where output"):
+        predict_file(options(checkpoint, tmp_path / "out" / "prediction.mp4", tmp_path / "out"))
+    assert contents(tmp_path) == before
+
+
+def test_a_shorter_prediction_leaves_nothing_of_the_former_and_everything_of_the_user(checkpoint: Path, tmp_path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    mine = write_pictures(source) | write_pictures(out / "frames", "holiday_{}.png")
+    (out / "prediction of mine.mp4").write_bytes(b"mine")
+    predict_file(options(checkpoint, source, out, future=4, samples=2))
+    record = predict_file(options(checkpoint, source, out, future=2))
+    files = {out / str(name) for name in json.loads((out / "prediction.json").read_text())["files"]}
+    assert record["files"] == [
+        "prediction.mp4", "frames/frame_0000.png", "frames/frame_0001.png", "strip.png", "tokens.safetensors", "prediction.json"
+    ]  # fmt: skip
+    assert set(contents(out)) == files | {path for path in mine if out in path.parents} | {out / "prediction of mine.mp4"}
+    assert mine.items() <= contents(tmp_path).items()
+
+
+@pytest.mark.parametrize(
+    "name", ["frames/frame_0001.png", "prediction.mp4", "strip.png", "tokens.safetensors", "prediction.json"]
+)
+def test_a_file_that_no_prediction_wrote_is_not_overwritten(name: str, checkpoint: Path, tmp_path) -> None:
+    write_pictures(tmp_path / "in")
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(ValueError, match="is there already, and no prediction of this folder wrote it"):
+        predict_file(options(checkpoint, tmp_path / "in", tmp_path / "out"))
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+def test_a_record_that_names_other_files_deletes_none_of_them(checkpoint: Path, tmp_path) -> None:
+    write_pictures(tmp_path / "in")
+    kept = ["../thesis.mp4", "frames/../thesis.mp4", "frames/frame_1.png", "prediction_final.mp4", "frames/frame_0009.png.bak"]
+    (tmp_path / "out" / "frames").mkdir(parents=True)
+    for name in kept:
+        (tmp_path / "out" / name).write_text("mine")
+    (tmp_path / "out" / "prediction.json").write_text(json.dumps({"files": [*kept, 7, "prediction.json"]}))
+    predict_file(options(checkpoint, tmp_path / "in", tmp_path / "out"))
+    assert {(tmp_path / "out" / name).read_text() for name in kept} == {"mine"}
+
+
+@pytest.mark.parametrize("output", ["taken", "taken/deeper"])
+def test_an_output_that_is_a_file_is_refused_before_any_work(output: str, tmp_path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(ValueError, match="taken is a file: give another output folder"):
+        predict_file(options(tmp_path / "no checkpoint", tmp_path / "no input", tmp_path / output))
+
+
+def test_the_window_is_checked_before_the_input_is_decoded(checkpoint: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(prediction, "read_context", lambda *_: pytest.fail("the input was read"))
+    with pytest.raises(ValueError, match="context of 4 and future of 3 frames exceed the window of 6"):
+        predict_file(options(checkpoint, tmp_path / "in", tmp_path / "out", context=4, future=3))
+
+
+def test_a_clip_of_a_batch_is_predicted_as_it_is_alone(checkpoint: Path) -> None:
+    predictor = Predictor.from_pretrained(checkpoint, device="cpu")
+    video = torch.rand(2, 3, 2, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    sampling = SamplingOptions()
+    together = predictor.predict(video, 3, seed=5, options=sampling)
+    alone = predictor.predict(video[1:], 3, seed=5, options=sampling, first_sequence=1)
+    torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=0)
+    assert not torch.allclose(alone, predictor.predict(video[1:], 3, seed=5, options=sampling), atol=1e-2)
+    given = predictor.encode(video)
+    rows = torch.stack(list(predictor.stream(given, 3, 5, sampling)), dim=1)
+    row = torch.stack(list(predictor.stream(given[1:], 3, 5, sampling, first_sequence=1)), dim=1)
+    assert torch.equal(rows[1:], row)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"codebook_size": 999}, "codebook_size=999 in its card.json, but its config.json has codebook_size=1000"),
+        ({"grid_height": 3}, "grid_height=3"),
+        ({"grid_width": 3}, "grid_width=3"),
+        ({"stride_t": 4}, "stride_t=4 in its card.json, but .*tokenizer has stride_t=1"),
+        ({"stride_s": 4}, "stride_s=4"),
+    ],
+)
+def test_a_card_that_is_not_of_this_model_is_refused(changed: dict, sentence: str, checkpoint: Path) -> None:
+    text, card = (checkpoint / "card.json").read_text(), Card.load(checkpoint)
+    replace(card, **changed).save(checkpoint)
+    try:
+        with pytest.raises(ValueError, match=sentence):
+            Predictor.from_pretrained(checkpoint, device="cpu")
+    finally:
+        (checkpoint / "card.json").write_text(text)
+
+
+def test_a_model_knows_all_recorded_actions_or_none(checkpoint: Path) -> None:
+    card = Card.load(checkpoint)
+    sizes = {"codebook_size": 1000, "grid_height": 2, "grid_width": 2}
+    check_model(card, VidGPTConfig(**sizes, num_actions=0), "here")
+    check_model(card, VidGPTConfig(**sizes, num_actions=3), "here")
+    with pytest.raises(ValueError, match=r"here has num_actions=3 in its card\.json, .* has num_actions=4"):
+        check_model(card, VidGPTConfig(**sizes, num_actions=4), "here")
+
+
+def test_a_folder_without_a_tokenizer_says_how_to_get_one(checkpoint: Path, tmp_path) -> None:
+    for name in ("config.json", "model.safetensors", "card.json"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    with pytest.raises(ValueError, match="encode the tokens again with vidtok-encode, which puts the tokenizer beside them"):
+        Predictor.from_pretrained(tmp_path)
