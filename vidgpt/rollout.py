@@ -12,7 +12,7 @@ from vidgpt.config import VidGPTConfig
 from vidgpt.decoding import PLANS
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.sampling import SamplingOptions, generators
-from vidtok.card import Card, check_cards
+from vidtok.card import Card
 from vidtok.folders import load_model, model_folder
 from vidtok.model import VidTokModel
 
@@ -53,10 +53,6 @@ class Predictor:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.device
-
-    def check_card(self, card: Card, name: str) -> None:
-        """Raise ValueError when tokens with that card are not those of this model."""
-        check_cards(self.card, "the checkpoint", card, name)
 
     def check_window(self, context: int, future: int) -> None:
         """Raise ValueError when a context and a future, in pixel frames, exceed the window."""

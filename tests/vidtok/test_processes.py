@@ -26,7 +26,7 @@ def compute_loss(model, batch):
 for max_steps in (3, 6):  # the second start resumes the first
     options = RunOptions(
         run_dir=sys.argv[1], batch_size=int(sys.argv[2]), max_steps=max_steps, lr=0.01, warmup_steps=0, min_lr_ratio=1.0,
-        checkpoint_every=2, evaluate_every=3, log_every=1, ema_decay=0.5, num_workers=0,
+        checkpoint_every=2, evaluate_every=3, log_every=1, ema_decay=0.5, num_workers=0, precision="fp32",
     )
     with Runner(options, {"batch_size": 0}, "test") as runner:
         model = nn.Linear(6, 6)
@@ -74,6 +74,7 @@ def test_a_refusal_ends_every_process(tmp_path: Path) -> None:
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text("{}")
     (tmp_path / "run-2" / "config.yaml").write_text("batch_size: 5")
+    (tmp_path / "run-2" / "run.json").write_text(json.dumps({"command": "test", "format_version": 1}))
     done = launch(tmp_path, 2, 4)
     assert done.returncode != 0
     assert done.stderr.count("holds a run with batch_size=5, but this command has batch_size=0") >= 2
