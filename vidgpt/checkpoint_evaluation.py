@@ -14,7 +14,7 @@ from vidgpt.layout import TokenLayout
 from vidgpt.metrics import TokenCounts
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.options import EvaluateOptions
-from vidgpt.pages import write_evaluation_report
+from vidgpt.pages import headline, write_evaluation_report
 from vidgpt.rollout import check_model, stream_tokens
 from vidgpt.sampling import SamplingOptions
 from vidtok.card import Card, check_cards
@@ -42,9 +42,15 @@ def evaluate_checkpoint(options: EvaluateOptions) -> TokenReport:
             f"split {options.split!r} has {longest}; give a smaller context or longer clips"
         )
     clips = TokenDataset(options.tokens, options.split, window)
+    print(
+        f"evaluating {min(options.clips, len(clips))} clips of {window} frames teacher-forced, {min(options.rollout_clips, len(clips))} "
+        f"free-running from {options.context} frames",
+        flush=True,
+    )
     report = _measure(model, layout, clips, _counts(options, layout), options)
     report.write(options.output)
     page = write_evaluation_report(report, Path(options.output), f"Tokens of {options.checkpoint}", asdict(options))
+    print("\n".join(headline(report)))
     print(f"figures in {Path(options.output) / 'metrics.json'}, curves and tables in {page}")
     return report
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vidgpt.checkpoint_evaluation import evaluate_checkpoint
 from vidgpt.evaluation import TokenReport
 from vidgpt.options import DemoOptions
-from vidgpt.pages import write_demo_report
+from vidgpt.pages import headline, write_demo_report
 from vidgpt.pixels import PixelReport, evaluate_pixels
 from vidgpt.report import strip_image
 from vidgpt.rollout import Predictor
@@ -90,8 +90,6 @@ def _write_example(run_dir: Path, options: DemoOptions, pixels: PixelReport) -> 
 
 def summary_lines(tokens: TokenReport, pixels: PixelReport) -> list[str]:
     """Give the figures a person wants to see first."""
-    forced = {name: meter.summary() for name, meter in tokens.teacher_forced.items()}
-    key = "top1_accuracy_on_changed_tokens_fraction"
     future = len(pixels.psnr_db["prediction"])
     first = min(4, future)
     lines = [
@@ -102,10 +100,7 @@ def summary_lines(tokens: TokenReport, pixels: PixelReport) -> list[str]:
     for name, curve in pixels.psnr_db.items():
         lines.append(f"  {name.replace('_', ' '):18s} " + "".join(f"{value:7.2f}" for value in curve))
     lines.append(f"  gain over copy-last-frame, mean of horizons {first} to {future}: {pixels.gain_db(first, future):+.2f} dB")
-    lines.append(
-        f"teacher-forced: {forced['model']['cross_entropy_nats_per_token']:.3f} nats a token, accuracy on changed tokens "
-        f"{forced['model'][key]:.3f} (per-position unigram {forced['unigram_by_position'][key]:.3f}, copy-last-frame 0)"
-    )
+    lines += headline(tokens)
     return lines
 
 

@@ -36,6 +36,9 @@ def encode_dataset(options: EncodeOptions, data: Mapping[str, Any]) -> Path:
 
     The tokenizer is copied beside the tokens, so that a model trained on them can be made self-contained. Raises ValueError.
     """
+    output = Path(options.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output={output} cannot be a folder, because it is a file: give another output folder")
     folder = model_folder(options.checkpoint, VidTokModel.config_class.model_type)
     tokenizer = load_model(VidTokModel, folder)
     tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,7 +46,6 @@ def encode_dataset(options: EncodeOptions, data: Mapping[str, Any]) -> Path:
     length, hop = clip_shape(tokenizer.config.stride_t, options)
     card = _card(tokenizer, episodes, length, hop)
     segments = list(cut_segments(episodes, tokenizer.config.stride_t, length, hop))
-    output = Path(options.output)
     with TokenWriter(output, card, options.rows_per_shard) as writer:
         write_rejects(output / "rejects.csv", episodes.rejects)
         copy_folder(folder, output / "tokenizer")
@@ -59,6 +61,7 @@ def encode_dataset(options: EncodeOptions, data: Mapping[str, Any]) -> Path:
     grid = f"{card.grid_height}x{card.grid_width}"
     print(
         f"{output}: {len(segments)} rows, {frames} frames, {grid} tokens a latent frame, {len(episodes.rejects)} files rejected"
+        + (f", see {output / 'rejects.csv'}" if episodes.rejects else "")
     )
     return output
 

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 FORMAT_VERSION = 1
+_WRITERS = {"vidtok": "vidtok-train", "vidgpt": "vidgpt-train"}
 
 
 def model_folder(path: str | Path, model_type: str) -> Path:
@@ -29,7 +30,7 @@ def model_folder(path: str | Path, model_type: str) -> Path:
     found = _read_config(folder)
     if found.get("model_type") != model_type:
         raise ValueError(
-            f"{path} holds a model of type {found.get('model_type')!r}, not {model_type!r}: give the folder of the other stage"
+            f"{path} holds a model of type {found.get('model_type')!r}, not {model_type!r}: give one that {_WRITERS[model_type]} wrote"
         )
     if found.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
         raise ValueError(

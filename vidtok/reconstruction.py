@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.progress import track
 
 from vidtok.folders import load_model
 from vidtok.metrics import CodeMeter, FrameMeter, frames_at_once, psnr_by_frame, ssim_by_frame
@@ -41,7 +42,7 @@ def _reconstruct(model: VidTokModel, frames: np.ndarray, decoded: np.ndarray) ->
     # Frame-wise tokens do not depend on their neighbours, so a few frames at a time keep memory flat; causal ones need the whole clip.
     chunk = frames_at_once(*frames.shape[1:3]) if model.config.stride_t == 1 else len(frames)
     codes, psnr, ssim = CodeMeter(model.config.codebook_size), FrameMeter(), FrameMeter()
-    for at in range(0, len(frames), chunk):
+    for at in track(range(0, len(frames), chunk), description="reconstructing", transient=True):
         video = to_video(frames[at : at + chunk])[None]
         indices = model.encode(video.to(model.device))
         reconstruction = model.decode(indices).cpu()
@@ -70,7 +71,7 @@ def _fit(frames: np.ndarray, size: list[int] | None, stride: int) -> np.ndarray:
 
 
 def _say(options: ReconstructOptions, used: int, size: tuple[int, ...], original: tuple[int, int]) -> None:
-    notes = [f"first {used} frames"]
+    notes = [f"first {used} frames at {size[1]}x{size[0]}, size=[HEIGHT,WIDTH] and max_frames=N make it faster"]
     if tuple(size) != original:
         notes.append(f"{original[1]}x{original[0]} scaled and cropped to {size[1]}x{size[0]}")
     print(f"input {options.input}: " + ", ".join(notes))

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vidtok import checkpoints
 from vidtok.checkpoints import TrainedPart, TrainState
-from vidtok.clock import SIGNALLED, TIME_IS_UP, RunClock, renew_plan
+from vidtok.clock import ALL_STEPS, SIGNALLED, TIME_IS_UP, RunClock, renew_plan
 from vidtok.interrupts import Interrupts
 from vidtok.optimizer import WeightAverage, build_optimizer, describe
 from vidtok.processes import from_main, has_fast_bf16, on_main
@@ -119,6 +119,11 @@ class Runner:
     def step(self) -> int:
         """Give the number of finished optimizer steps."""
         return self._state.step
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Give the last step once minutes are planned; None before, and in a run limited by steps alone."""
+        return None if self._clock.plan is None else self._clock.horizon
 
     @property
     def is_finished(self) -> bool:
@@ -263,6 +268,8 @@ class Runner:
             self._save_checkpoint()
         if is_measured and not status:
             self._make_plan()
+            # Minutes that measuring has used up leave no step to plan.
+            status = ALL_STEPS if self._clock.is_finished else status
         self._exit_status = status
 
     @contextmanager

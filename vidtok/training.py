@@ -62,7 +62,9 @@ def train_tokenizer(
             _report(runner, model, optimizer, episodes, clips, model_config, options)
 
         def compute_loss(network: nn.Module, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            output = network(video, is_quantized=runner.step >= unquantized_steps)
+            # A run planned by minutes may be short too; its plan is kept, so a resumed run draws the same line.
+            unquantized = min(unquantized_steps, (runner.planned_steps or 5 * unquantized_steps) // 5)
+            output = network(video, is_quantized=runner.step >= unquantized)
             reconstruction = reconstruction_loss(output.reconstruction, video, options.loss)
             return reconstruction + output.quantizer_loss, {
                 "reconstruction_loss": reconstruction,

@@ -388,14 +388,31 @@ def test_a_run_whose_minutes_are_up_before_its_steps_is_finished(
     assert newest_checkpoint(tmp_path / "checkpoints") != checkpoint
 
 
+class SlowingTime(FakeTime):
+    """A clock of a machine that becomes forty times slower after four seconds."""
+
+    def monotonic(self) -> float:
+        self.now += 0.05 if self.now < 4 else 2.0
+        return self.now
+
+
 def test_a_machine_that_slows_down_ends_the_run_with_the_minutes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = FakeTime()
-    monkeypatch.setattr("vidtok.clock.time", clock)
-    monkeypatch.setattr(clock, "monotonic", lambda: setattr(clock, "now", clock.now + 20.0) or clock.now)
-    train(settings(tmp_path, max_steps=None, max_minutes=0.6))
+    monkeypatch.setattr("vidtok.clock.time", SlowingTime())
+    train(settings(tmp_path, max_steps=None, max_minutes=0.6, evaluate_every=1000, checkpoint_every=1000))
     assert "the 0.6 minutes are used up" in capsys.readouterr().out
+
+
+def test_minutes_that_measuring_uses_up_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = FakeTime()
+    clock.monotonic = lambda: setattr(clock, "now", clock.now + 20.0) or clock.now  # type: ignore[method-assign]
+    monkeypatch.setattr("vidtok.clock.time", clock)
+    train(settings(tmp_path, max_steps=None, max_minutes=0.6))
+    said = capsys.readouterr().out
+    assert "Finished at step" in said and "h-" not in said and ", -" not in said
 
 
 def test_evaluation_leaves_model_and_random_numbers_of_training_alone(straight: Path, tmp_path: Path) -> None:
