@@ -11,15 +11,18 @@ from vidgpt.model import VidGPTForCausalLM
 from vidgpt.predict import main as predict
 from vidgpt.schema import register_schemas as register_model_schemas
 from vidgpt.train import main as train_gpt
+from vidtok.bench import main as bench_tokenizer
 from vidtok.config import VidTokConfig
 from vidtok.encode import main as encode
+from vidtok.evaluate import main as evaluate_tokenizer
 from vidtok.model import VidTokModel
 from vidtok.reconstruct import main as reconstruct
 from vidtok.schema import config_dir, register_schemas
+from vidtok.tokenizer import FAMILIES, SCRIPTS
 from vidtok.train import main as train_tokenizer
 
 CONF = Path(config_dir())
-ENTRIES = (train_tokenizer, encode, reconstruct, train_gpt, predict, evaluate, demo)
+ENTRIES = (train_tokenizer, bench_tokenizer, encode, evaluate_tokenizer, reconstruct, train_gpt, predict, evaluate, demo)
 
 
 def presets(group: str) -> list[str]:
@@ -60,8 +63,17 @@ def test_every_model_preset_builds(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", [*presets("data")])
 def test_every_data_preset_composes_for_every_command_that_reads_data(preset: str) -> None:
-    for command in ("vidtok_train", "vidtok_encode"):
+    for command in ("vidtok_train", "vidtok_encode", "vidtok_evaluate"):
         assert composed(command, f"data={preset}")["data"]["name"] == preset
+
+
+@pytest.mark.parametrize("preset", presets("pretrained"))
+@pytest.mark.parametrize("command", ["vidtok_encode", "vidtok_evaluate", "vidtok_reconstruct"])
+def test_every_tokenizer_of_another_project_composes_and_is_known(command: str, preset: str) -> None:
+    overrides = [] if command == "vidtok_reconstruct" else ["data=digits"]
+    values = composed(command, *overrides, f"pretrained@tokenizer={preset}", "tokenizer.path=somewhere")["tokenizer"]
+    assert (values["name"], values["path"]) == (preset, "somewhere")
+    assert preset in {*FAMILIES, SCRIPTS}
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -142,10 +142,10 @@ def test_encoding_again_changes_nothing(work: Path, tmp_path, capsys) -> None:
 def test_tokens_of_another_tokenizer_are_refused(work: Path, tmp_path, capsys) -> None:
     other = shutil.copytree(work / "tokens", tmp_path / "tokens")
     card = json.loads((other / "card.json").read_text())
-    (other / "card.json").write_text(json.dumps({**card, "tokenizer_fingerprint": "0123456789abcdef"}))
+    (other / "card.json").write_text(json.dumps({**card, "encoder_fingerprint": "0123456789abcdef"}))
     status, error = run(evaluate, capsys, f"checkpoint={work / 'gpt'}", f"tokens={other}", f"output={tmp_path / 'out'}")
     assert status == 2
-    assert "0123456789abcdef" in error and card["tokenizer_fingerprint"] in error and error.count("\n") == 1
+    assert "0123456789abcdef" in error and card["encoder_fingerprint"] in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,18 @@ from vidgpt.demo import main as demo
 from vidgpt.evaluate import main as evaluate
 from vidgpt.predict import main as predict
 from vidgpt.train import main as train_gpt
+from vidtok.bench import main as bench_tokenizer
 from vidtok.encode import main as encode
+from vidtok.evaluate import main as evaluate_tokenizer
 from vidtok.reconstruct import main as reconstruct
 from vidtok.train import main as train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-ENTRIES = {entry.command: entry for entry in (train_tokenizer, encode, reconstruct, train_gpt, predict, evaluate, demo)}
+ENTRIES = {
+    entry.command: entry
+    for entry in (train_tokenizer, bench_tokenizer, encode, evaluate_tokenizer, reconstruct, train_gpt, predict, evaluate, demo)
+}
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines() if re.match(r"(vidtok|vidgpt)-", line)
@@ -54,8 +59,9 @@ def test_the_make_targets_of_the_readme_exist() -> None:
 
 
 def test_the_python_of_the_readme_names_what_exists() -> None:
-    (code,) = [block for kind, block in BLOCKS if kind == "python"]
-    for node in ast.walk(ast.parse(code)):
+    blocks = [block for kind, block in BLOCKS if kind == "python"]
+    assert blocks
+    for node in ast.walk(ast.parse("\n".join(blocks))):
         if isinstance(node, ast.ImportFrom):
             module = __import__(str(node.module), fromlist=["_"])
             assert all(hasattr(module, alias.name) for alias in node.names)

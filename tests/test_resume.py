@@ -21,6 +21,7 @@ RUN = [
 ]
 TOKENIZER = ["tokenizer.width=8", "tokenizer.decoder_blocks=1", "clip_frames=3", "unquantized_steps=3"]
 VQ = ["tokenizer.quantizer=vq", "tokenizer.codebook_size=16", "tokenizer.codebook_dim=4"]
+GAN = ["gan.weight=0.5", "gan.start=1", "gan.warmup_steps=1", "gan.ramp_steps=4", "gan.width=4", "gan.layers=2"]
 MODEL = ["model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=2", "model.window=6"]
 
 
@@ -55,13 +56,14 @@ def last_weights(run_dir: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("quantizer", [[], VQ], ids=["fsq", "vq"])
-def test_a_killed_tokenizer_run_ends_with_the_same_weights(quantizer: list[str], tmp_path: Path) -> None:
-    arguments = [*DATA, *RUN, *TOKENIZER, *quantizer]
+@pytest.mark.parametrize("more", [[], VQ, [*VQ, *GAN]], ids=["fsq", "vq", "vq-gan"])
+def test_a_killed_tokenizer_run_ends_with_the_same_weights(more: list[str], tmp_path: Path) -> None:
+    arguments = [*DATA, *RUN, *TOKENIZER, *more]
     finish("vidtok.train", f"run_dir={tmp_path / 'straight'}", *arguments)
     kill_after(4, "vidtok.train", tmp_path / "killed", *arguments)
     assert "Resuming" in finish("vidtok.train", f"run_dir={tmp_path / 'killed'}", *arguments)
     assert last_weights(tmp_path / "killed") == last_weights(tmp_path / "straight") != {}
+    assert ("discriminator.safetensors" in last_weights(tmp_path / "killed")) == ("gan.weight=0.5" in more)
 
 
 def test_a_killed_transformer_run_ends_with_the_same_weights(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 from vidgpt.config import VidGPTConfig
+from vidgpt.counts import TokenCounts
 from vidgpt.evaluation import TokenReport, evaluate_rollouts, evaluate_tokens
 from vidgpt.layout import TokenLayout
-from vidgpt.metrics import TokenCounts
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.options import EvaluateOptions
 from vidgpt.pages import headline, write_evaluation_report
@@ -19,7 +19,7 @@ from vidgpt.rollout import check_model, stream_tokens
 from vidgpt.sampling import SamplingOptions
 from vidtok.card import Card, check_cards
 from vidtok.folders import load_model, model_folder
-from vidtok.sampler import spread
+from vidtok.run.sampler import spread
 from vidtok.tokens import TokenDataset, longest_row
 
 
@@ -83,7 +83,7 @@ def _measure(
 
 
 def _counts(options: EvaluateOptions, layout: TokenLayout) -> TokenCounts:
-    counts = TokenCounts(layout.codebook_size, (layout.height, layout.width))
+    counts = TokenCounts(layout.codebook_size, (layout.height, layout.width), layout.factors)
     for indices in TokenDataset(options.tokens, "train", 1).rows():
         counts.update(indices)
     return counts

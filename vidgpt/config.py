@@ -1,12 +1,19 @@
 """The transformer's options: the only home of their defaults."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from vidtok.digits import check_factors
 
 # Fields that the tokens' card decides; a user never sets them.
 FIELDS_FROM_CARD = ("codebook_size", "grid_height", "grid_width", "num_actions", "vocab_size", "max_position_embeddings")
 
 DEFAULT_WINDOW = 24
+DIGITS = ("slots", "parallel")
+# Beyond it one table of embeddings would take tens of gigabytes.
+LARGEST_VOCABULARY = 1 << 24
 
 
 @strict
@@ -14,6 +21,8 @@ class VidGPTConfig(PreTrainedConfig):
     """Options of VidGPTForCausalLM.
 
     window: latent frames that fit (context and future together); 0 is 24, or in training the longest clip where that is shorter.
+    factors: an id of a large codebook as digits, coarsest first; [512,512] for 2**18 ids. null takes the tokenizer's own codebooks.
+    digits: slots foretells the digits of a place one after the other, parallel all at once: fewer tokens, but independent digits.
     rope_theta: base of the rotary phases; small, because the axes are short. loss_chunk: logits (tokens x vocabulary) held at once
     by the loss.
     """
@@ -35,6 +44,8 @@ class VidGPTConfig(PreTrainedConfig):
     grid_height: int = 8
     grid_width: int = 8
     num_actions: int = 0
+    factors: list[int] | None = None
+    digits: str = "slots"
     window: int = 0
     vocab_size: int | None = None
     max_position_embeddings: int | None = None
@@ -57,8 +68,10 @@ class VidGPTConfig(PreTrainedConfig):
         """Derive what depends on other fields."""
         # Two special ids (first-frame lead, frame separator) follow the picture ids, then the actions: vidgpt.layout.
         self.window = self.window or DEFAULT_WINDOW
-        self.vocab_size = self.codebook_size + 2 + self.num_actions
-        self.max_position_embeddings = self.window * (self.grid_height * self.grid_width + 1)
+        self.factors = self.factors or [self.codebook_size]
+        self.vocab_size = sum(self.factors) + 2 + self.num_actions
+        slots_per_place = len(self.factors) if self.digits == "slots" else 1
+        self.max_position_embeddings = self.window * (self.grid_height * self.grid_width * slots_per_place + 1)
         if self.num_attention_heads > 0:
             self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -80,6 +93,7 @@ class VidGPTConfig(PreTrainedConfig):
                 f"rope_theta={self.rope_theta} must be above 1, rms_norm_eps={self.rms_norm_eps} and "
                 f"initializer_range={self.initializer_range} above 0: leave them at their defaults unless you know why"
             )
+        self._validate_digits(self.factors or [])
         if self.window < 2:
             raise ValueError(f"window={self.window} leaves nothing to predict: use 2 frames or more")
         if heads < 1 or self.hidden_size % heads:
@@ -88,3 +102,23 @@ class VidGPTConfig(PreTrainedConfig):
             raise ValueError(f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}: change one of them")
         if (self.head_dim or 0) < 8 or (self.head_dim or 0) % 2:
             raise ValueError(f"head_dim={self.head_dim} cannot carry three rotary axes: it must be even and 8 or more")
+
+    def _validate_digits(self, factors: list[int]) -> None:
+        if self.digits not in DIGITS:
+            raise ValueError(f"digits={self.digits!r} is not one of {', '.join(DIGITS)}: choose one of these")
+        check_factors(factors)
+        if min(factors) < 2 or math.prod(factors) != self.codebook_size:
+            raise ValueError(
+                f"factors={factors} multiply to {math.prod(factors)}, the tokens have a codebook_size of {self.codebook_size} ids: "
+                "give factors of 2 or more whose product is that, or null for the tokenizer's own"
+            )
+        if sum(factors) > LARGEST_VOCABULARY:
+            raise ValueError(
+                f"factors={factors} need an embedding of {sum(factors)} rows, {LARGEST_VOCABULARY} are allowed: "
+                "give more and smaller factors, as model.factors=[512,512] for 2**18 ids"
+            )
+        if self.tie_word_embeddings and self.digits == "parallel" and len(factors) > 1:
+            raise ValueError(
+                "tie_word_embeddings=true and digits=parallel exclude each other, because the head has no leads to foretell: "
+                "set one of them back"
+            )

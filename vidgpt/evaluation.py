@@ -17,12 +17,24 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vidgpt.layout import IGNORED, TokenLayout
-from vidgpt.metrics import Baselines, Figures, RolloutMeter, TokenCounts, TokenMeter, TokenScores, changed_tokens, score_logits
+from vidgpt.counts import TokenCounts
+from vidgpt.layout import TokenLayout
+from vidgpt.metrics import (
+    Baselines,
+    Figures,
+    RolloutMeter,
+    TokenMeter,
+    TokenScores,
+    changed_tokens,
+    join_scores,
+    score_logits,
+)
+from vidgpt.model import VidGPTForCausalLM
 
 Generate = Callable[[Tensor, int, Tensor | None], Tensor]
 Progress = Callable[[int], None]
 Batch = Mapping[str, Tensor | None]
+HELD_LOGITS = 1 << 25  # at once: 128 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -94,18 +106,24 @@ def evaluate_tokens(
     batch_size: int = 4,
     progress: Progress | None = None,
 ) -> TokenReport:
-    """Evaluate model(input_ids).logits (B, L, V), where logits at p foretell p + 1, beside the baselines of train_counts.
+    """Evaluate model(input_ids).logits (B, L, layout.num_logits), where logits at p foretell p + 1, beside baselines of train_counts.
 
     clips: batches of "indices" (B, t, h, w) and "actions" (B, t) or None, t > context, t may differ between batches.
     context: given frames of the free-running regime. generate(indices (B, context, h, w), future, actions (B, t) or None) gives
     indices (B, future, h, w); None leaves that regime out. batch_size: clips a forward pass, which bounds memory. progress:
-    called with the number of clips done so far. Raises ValueError on no clips, on too short ones and on wrong generated shapes.
+    called with the number of clips done so far. Raises ValueError on no clips, on too short ones, on wrong generated shapes and on
+    counts of other digits than the layout's.
     """
     if context < 1 or batch_size < 1:
         raise ValueError(f"got context {context} and batch_size {batch_size}; both must be 1 or more: use at least 1")
+    if train_counts.factors != layout.factors:
+        raise ValueError(
+            f"the counts are of digits {list(train_counts.factors)}, the model's are {list(layout.factors)}: "
+            "count the training tokens with the factors of the model"
+        )
     grid = (layout.height, layout.width)
     baselines = Baselines(train_counts)
-    meters = {name: TokenMeter(grid) for name in ("model", *Baselines.names)}
+    meters = {name: TokenMeter(grid, layout.num_digits) for name in ("model", *Baselines.names)}
     rollout = None if generate is None else RolloutMeter(grid)
     done = 0
     was_training = model.training
@@ -167,16 +185,39 @@ def teacher_forced_scores(model: nn.Module, layout: TokenLayout, indices: Tensor
 
     indices: (B, t, h, w), where the model's weights are; actions: (B, t) or None. Gives scores of shape (B, t - 1, h, w).
     """
-    input_ids = layout.flatten(indices, actions)
+    batch, frames, height, _ = indices.shape
+    foretell = _foreteller(model, layout, layout.flatten(indices, actions))
+    targets = rearrange(layout.split(indices[:, 1:]), "B t h w q -> q B (t h w)")
+    # At most a frame at a time: the fp32 softmax of a whole clip would double the memory that its logits take.
+    rows = max(1, min(layout.cells, HELD_LOGITS // (batch * layout.num_logits)))
+    scores: dict[int, list[TokenScores]] = {digit: [] for digit in range(layout.num_digits)}
+    for slot in range(layout.slots_per_place):
+        positions = layout.positions_of(slot, frames)[layout.cells :].to(indices.device)
+        for at in range(0, len(positions), rows):
+            piece = slice(at, at + rows)
+            logits = foretell(positions[piece])
+            for digit, due in zip(layout.due_digits(slot), layout.due_logits(logits, slot), strict=True):
+                scores[digit].append(score_logits(due, targets[digit][:, piece]))
+    return join_scores([_as_grid(pieces, height, frames - 1) for pieces in scores.values()])
+
+
+def _foreteller(model: nn.Module, layout: TokenLayout, input_ids: Tensor) -> Callable[[Tensor], Tensor]:
+    """Give a function from positions (n,) of input_ids (B, L) to the logits (B, n, V) that foretell them.
+
+    Where there are more than HELD_LOGITS, they are computed when asked for.
+    """
+    if isinstance(model, VidGPTForCausalLM) and input_ids.numel() * layout.num_logits > HELD_LOGITS:
+        network, hidden_states = model, model.model(input_ids).last_hidden_state
+        return lambda positions: network.lm_head(hidden_states[:, positions - 1])
     logits = model(input_ids).logits
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    foretold = (layout.labels(input_ids)[0] != IGNORED) & (layout.coordinates(positions)[0] > 0)
-    # One frame at a time: the fp32 softmax of a whole clip would double the memory that its logits take.
-    parts = []
-    for slots in rearrange(positions[foretold], "(t cells) -> t cells", cells=layout.cells):
-        legal = rearrange(logits[:, slots - 1, : layout.codebook_size], "B (h w) V -> B 1 h w V", h=layout.height)
-        parts.append(score_logits(legal, rearrange(input_ids[:, slots], "B (h w) -> B 1 h w", h=layout.height)))
-    return TokenScores(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("nats", "top1", "top5")))
+    return lambda positions: logits[:, positions - 1]
+
+
+def _as_grid(pieces: list[TokenScores], height: int, frames: int) -> TokenScores:
+    """Join scores (B, n) of successive places into one of (B, t, h, w)."""
+    joined = [torch.cat([getattr(piece, name) for piece in pieces], dim=1) for name in ("nats", "top1", "top5")]
+    nats, top1, top5 = (rearrange(part, "B (t h w) -> B t h w", t=frames, h=height) for part in joined)
+    return TokenScores(nats, top1, top5)
 
 
 def _score_model(model: nn.Module, layout: TokenLayout, indices: Tensor, actions: Tensor | None) -> TokenScores:

@@ -17,7 +17,7 @@ from vidtok.video import iter_frames, probe, resize_frames, to_video
 class Context:
     """Frames to predict from."""
 
-    video: Tensor  # (1, 3, T, H, W) in [-1, 1] at the card's size and rate
+    video: Tensor  # (1, 3, T, H, W) in [-1, 1] at the card's size and rate, T whole latent frames
     truth: Tensor | None  # (1, 3, T', H, W): what really followed, T' <= future, where the input holds it
     first_frame: int  # index of the first context frame at the card's rate
     note: str  # what was done to the input and which frames were used
@@ -26,7 +26,8 @@ class Context:
 def read_context(path: str | Path, card: Card, context: int, future: int, start: float | None = None) -> Context:
     """Read `context` frames at the card's size and rate: the last ones, or those from `start` seconds on.
 
-    A shorter input gives what it has. Raises ValueError when not even one frame is there.
+    A shorter input gives what it has; where that is less than a first latent frame stands for, its first frame is repeated in front.
+    Raises ValueError when not even one frame is there.
     """
     if context < 1:
         raise ValueError(f"context={context} frames: give 1 or more")
@@ -35,14 +36,16 @@ def read_context(path: str | Path, card: Card, context: int, future: int, start:
     if not frames:
         raise ValueError(f"{path} has no frame at {start or 0:g} s (it lasts {info.seconds:.2f} s): choose an earlier start")
     given = min(context, len(frames))
-    given = 1 + (given - 1) // card.stride_t * card.stride_t
+    repeated = max(0, card.first_frames - given)
+    frames = [frames[0]] * repeated + frames
+    given = card.frames_of(card.latent_frames_in(given + repeated))
     if start is None:
         # The newest frames count: a context shortened to fit the temporal stride loses its oldest ones.
         first += len(frames) - given
         frames = frames[-given:]
     clip = to_video(resize_frames(np.stack(frames), (card.frame_height, card.frame_width)))[None]
     truth = clip[:, :, given : given + future] if clip.shape[2] > given else None
-    return Context(clip[:, :, :given], truth, first, _note(info, card, context, given, first))
+    return Context(clip[:, :, :given], truth, first, _note(info, card, context, given - repeated, first, repeated))
 
 
 def _select(path: str | Path, card: Card, context: int, future: int, start: float | None) -> tuple[list[np.ndarray], int]:
@@ -56,7 +59,7 @@ def _select(path: str | Path, card: Card, context: int, future: int, start: floa
     return list(newest), seen - len(newest)
 
 
-def _note(info: object, card: Card, asked: int, given: int, first: int) -> str:
+def _note(info: object, card: Card, asked: int, given: int, first: int, repeated: int) -> str:
     width, height, fps = (getattr(info, name) for name in ("width", "height", "fps"))
     done = []
     if (height, width) != (card.frame_height, card.frame_width):
@@ -66,8 +69,10 @@ def _note(info: object, card: Card, asked: int, given: int, first: int) -> str:
     used = f"context is frames {first}..{first + given - 1} ({first / card.fps:.2f} s to {(first + given - 1) / card.fps:.2f} s)"
     if given < asked:
         used += f", {given} of the {asked} asked for" + (
-            f" (stride_t={card.stride_t} takes 1 + k * {card.stride_t})" if card.stride_t > 1 else ""
+            f" (the tokenizer takes {card.first_frames} + k * {card.stride_t})" if card.stride_t > 1 else ""
         )
+    if repeated:
+        used += f", frame {first} {repeated} times more in front (the tokenizer takes {card.first_frames} frames or more)"
     return "input " + ", ".join([*done, used])
 
 

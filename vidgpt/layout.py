@@ -1,11 +1,20 @@
 """The one place that knows how a frame grid, actions and special ids become one sequence and back.
 
-A frame is one lead slot and then its h * w tokens in raster order. The lead of the first frame is `bos_id`; of a later one
+A frame is one lead slot and then its h * w places in raster order. The lead of the first frame is `bos_id`; of a later one
 `separator_id`, or, in a model of actions, the action that led to the frame. A lead is given, never predicted.
 A token's position is its index in the whole sequence, so an engine that counts positions gives the right phases.
+
+Outside, an id of a large or residual codebook is one integer a place; here it has digits (vidtok.digits, coarsest first).
+With digits="slots" each digit takes a slot of its own, beside those of its place, and has ids of its own. With "parallel"
+a place is one slot that holds the whole id, and its digits are foretold together, independent of each other given the past.
+With one digit, the common case, the two are the same.
 """
 
+import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from einops import rearrange, repeat
@@ -24,46 +33,123 @@ class TokenLayout:
     height: int
     width: int
     num_actions: int = 0
+    factors: tuple[int, ...] = ()  # how many values each digit has, their product is codebook_size; () is one digit
+    digits: str = "slots"
+
+    def __post_init__(self) -> None:
+        """Fill in the factors."""
+        object.__setattr__(self, "factors", tuple(self.factors) or (self.codebook_size,))
+        assert math.prod(self.factors) == self.codebook_size
 
     @classmethod
     def from_config(cls, config: VidGPTConfig) -> "TokenLayout":
         """Read the sizes from a model's config."""
-        return cls(config.codebook_size, config.grid_height, config.grid_width, config.num_actions)
+        factors = tuple(config.factors or ())
+        return cls(config.codebook_size, config.grid_height, config.grid_width, config.num_actions, factors, digits=config.digits)
+
+    @property
+    def num_digits(self) -> int:
+        """Digits of an id."""
+        return len(self.factors)
+
+    @property
+    def is_parallel(self) -> bool:
+        """Tell whether one slot holds several digits."""
+        return self.digits == "parallel" and self.num_digits > 1
+
+    @property
+    def slots_per_place(self) -> int:
+        """Slots that a place of the grid takes."""
+        return 1 if self.is_parallel else self.num_digits
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Give the first logit, and row of the embedding, of each digit and the one after its last; special ids follow."""
+        return list(pairwise(accumulate(self.factors, initial=0)))
 
     @property
     def bos_id(self) -> int:
         """Lead of the first frame."""
-        return self.codebook_size
+        return self.codebook_size if self.is_parallel else sum(self.factors)
 
     @property
     def separator_id(self) -> int:
         """Lead of a later frame in a model without actions."""
-        return self.codebook_size + 1
+        return self.bos_id + 1
 
     @property
     def vocab_size(self) -> int:
-        """Picture ids, two specials and the actions."""
-        return self.codebook_size + 2 + self.num_actions
+        """Rows of the embedding: the values of every digit, two specials and the actions. All ids lie below it, but in parallel."""
+        return sum(self.factors) + 2 + self.num_actions
+
+    @property
+    def num_logits(self) -> int:
+        """Logits a slot: one a row of the embedding, in parallel the values of every digit alone."""
+        return sum(self.factors) if self.is_parallel else self.vocab_size
 
     @property
     def cells(self) -> int:
-        """Picture tokens a frame."""
+        """Places a frame."""
         return self.height * self.width
 
     @property
+    def slots_per_frame(self) -> int:
+        """Picture slots a frame."""
+        return self.cells * self.slots_per_place
+
+    @property
     def tokens_per_frame(self) -> int:
-        """Lead and picture tokens a frame."""
-        return self.cells + 1
+        """Lead and picture slots a frame."""
+        return self.slots_per_frame + 1
 
     def is_lead(self, positions: Tensor) -> Tensor:
         """Tell which positions are lead slots."""
         return positions % self.tokens_per_frame == 0
 
     def coordinates(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Give (t, h, w) of positions; a lead stands left of its frame's first token, at (t, 0, -1)."""
-        slot = positions % self.tokens_per_frame - 1
-        row = slot.clamp(min=0) // self.width
-        return positions // self.tokens_per_frame, row, slot - row * self.width
+        """Give (t, h, w) of positions; a lead stands left of its frame's first place, at (t, 0, -1), digits all at their place."""
+        place = (positions % self.tokens_per_frame - 1) // self.slots_per_place
+        row = place.clamp(min=0) // self.width
+        return positions // self.tokens_per_frame, row, place - row * self.width
+
+    def positions_of(self, slot: int, num_frames: int) -> Tensor:
+        """Give the position of slot `slot`, 0 .. slots_per_place - 1, of every place of num_frames frames, in order: (t * h * w,)."""
+        frames = rearrange(torch.arange(num_frames), "t -> t 1") * self.tokens_per_frame
+        return (frames + 1 + slot + torch.arange(self.cells) * self.slots_per_place).flatten()
+
+    def due_digits(self, slot: int) -> range:
+        """Give the digits that stand in picture slot `slot` of a frame, 0 .. slots_per_frame - 1."""
+        first = slot % self.slots_per_place
+        return range(self.num_digits) if self.is_parallel else range(first, first + 1)
+
+    def due_logits(self, logits: Tensor, slot: int) -> list[Tensor]:
+        """Cut the logits (..., num_logits) that foretell picture slot `slot` into one (..., factor) for each digit due there."""
+        return [logits[..., slice(*self.spans[digit])] for digit in self.due_digits(slot)]
+
+    def token(self, digits: Sequence[Tensor], slot: int) -> Tensor:
+        """Give the input id, of any shape, of picture slot `slot` from the digits due there."""
+        if self.is_parallel:
+            return self.join(torch.stack(list(digits), dim=-1))
+        return digits[0] + self.spans[self.due_digits(slot)[0]][0]
+
+    def split(self, indices: Tensor) -> Tensor:
+        """Give the digits (..., Q) of indices (...), as vidtok.digits does, but unchecked: a check makes every step wait for the GPU."""
+        return torch.stack([indices // value % factor for value, factor in zip(self._values, self.factors, strict=True)], dim=-1)
+
+    def join(self, digits: Tensor) -> Tensor:
+        """Give the indices (...) of digits (..., Q): the inverse of split, unchecked too."""
+        valued = [digit * value for digit, value in zip(digits.unbind(-1), self._values, strict=True)]
+        return torch.stack(valued).sum(0)
+
+    def embedding_rows(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Give, in parallel, the embedding's rows (..., Q) of the digits of input_ids (...), and which ids are leads.
+
+        A lead has its own row in every place of Q.
+        """
+        is_lead = input_ids >= self.codebook_size
+        lead_rows = rearrange(input_ids - self.codebook_size + sum(self.factors), "... -> ... 1")
+        rows = self._rows(input_ids.masked_fill(is_lead, 0))
+        return torch.where(rearrange(is_lead, "... -> ... 1"), lead_rows, rows), is_lead
 
     def leads(self, num_frames: int, batch_size: int, actions: Tensor | None = None) -> Tensor:
         """Give the lead ids (B, t).
@@ -74,7 +160,7 @@ class TokenLayout:
         if actions is None:
             leads = torch.full((batch_size, num_frames), self.separator_id)
         else:
-            leads = self.codebook_size + 2 + actions.long().cpu()
+            leads = self.separator_id + 1 + actions.long().cpu()
         leads[:, 0] = self.bos_id
         return leads
 
@@ -82,7 +168,8 @@ class TokenLayout:
         """Give input_ids (B, L), L = t * tokens_per_frame, of indices (B, t, h, w) and actions (B, t)."""
         self._check_indices(indices)
         leads = self.leads(indices.shape[1], indices.shape[0], actions).to(indices.device)
-        cells = rearrange(indices, "b t h w -> b t (h w)")
+        slots = self._rows(indices) if self.slots_per_place > 1 else rearrange(indices, "b t h w -> b t h w 1")
+        cells = rearrange(slots, "b t h w s -> b t (h w s)")
         return rearrange(torch.cat([leads[:, :, None], cells], dim=2), "b t n -> b (t n)")
 
     def unflatten(self, input_ids: Tensor) -> Tensor:
@@ -92,7 +179,8 @@ class TokenLayout:
                 f"{input_ids.shape[1]} tokens are no whole number of frames of {self.tokens_per_frame}: pass complete frames"
             )
         frames = rearrange(input_ids, "b (t n) -> b t n", n=self.tokens_per_frame)
-        indices = rearrange(frames[:, :, 1:], "b t (h w) -> b t h w", h=self.height)
+        ids = rearrange(frames[:, :, 1:], "b t (h w s) -> b t h w s", h=self.height, s=self.slots_per_place)
+        indices = self._joined(ids) if self.slots_per_place > 1 else ids[..., 0]
         self._check_indices(indices)
         return indices
 
@@ -100,6 +188,29 @@ class TokenLayout:
         """Give labels (B, L): the ids themselves, IGNORED at lead slots (the model shifts them)."""
         positions = repeat(torch.arange(input_ids.shape[1], device=input_ids.device), "n -> b n", b=input_ids.shape[0])
         return input_ids.masked_fill(self.is_lead(positions), IGNORED)
+
+    @property
+    def _values(self) -> tuple[int, ...]:
+        """What a step of each digit adds to the id."""
+        return tuple(accumulate(self.factors[:-1], operator.mul, initial=1))
+
+    def _rows(self, indices: Tensor) -> Tensor:
+        """Give the embedding's rows (..., Q) of the digits of indices (...)."""
+        digits = self.split(indices).unbind(-1)
+        return torch.stack([digit + start for digit, (start, _) in zip(digits, self.spans, strict=True)], dim=-1)
+
+    def _joined(self, ids: Tensor) -> Tensor:
+        """Give indices (...) of picture slots (..., Q), one digit each."""
+        digits = []
+        for digit, (values, (start, end)) in enumerate(zip(ids.unbind(-1), self.spans, strict=True)):
+            wrong = (values < start) | (values >= end)
+            if wrong.any():
+                raise ValueError(
+                    f"id {int(values[wrong][0])} stands in a slot of digit {digit}, whose ids are {start} to {end - 1}: "
+                    "pass whole frames of this layout"
+                )
+            digits.append(values - start)
+        return self.join(torch.stack(digits, dim=-1))
 
     def _check_indices(self, indices: Tensor) -> None:
         if indices.ndim != 4 or tuple(indices.shape[2:]) != (self.height, self.width):

@@ -1,18 +1,22 @@
 """Token metrics and the baselines that give them meaning; nothing here knows of pixels.
 
 Every figure is a sum over tokens, kept in float64 by (frame, row, column) and divided once at the end, so clips and
-batches weigh by their token count. Separators and actions never enter: only picture tokens are scored.
+batches weigh by their token count. Separators and actions never enter: only picture tokens are scored. A token is one id of a
+place, also where a model foretells it in several digits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import Tensor
+
+from vidgpt.counts import TokenCounts
+from vidtok.digits import split_digits
 
 Figures = dict[str, float | int | None]
 TOP = 5
@@ -24,11 +28,24 @@ class TokenScores:
 
     nats: Tensor  # -log p(true token)
     top1: Tensor  # 1 where the likeliest token is the true one
-    top5: Tensor  # 1 where the true one is among the five likeliest
+    top5: Tensor  # 1 where the true one is among the five likeliest; NaN where scores of digits do not tell it
+    digits: tuple[TokenScores, ...] = ()  # of each digit, where a token has several and the forecaster tells them
+
+
+def join_scores(digits: Sequence[TokenScores]) -> TokenScores:
+    """Score tokens by their digits, each foretold given the true ones before it or independent of them.
+
+    By the chain rule nats add up; a token is right where all its digits are, since greedy decoding finds it just then.
+    """
+    if len(digits) == 1:
+        return digits[0]
+    nats = torch.stack([digit.nats for digit in digits]).sum(0)
+    top1 = torch.stack([digit.top1 for digit in digits]).prod(0)
+    return TokenScores(nats, top1, torch.full_like(nats, math.nan), tuple(digits))
 
 
 def score_logits(logits: Tensor, targets: Tensor) -> TokenScores:
-    """Score logits (B, t, h, w, V) against targets (B, t, h, w) in [0, V).
+    """Score logits (..., V) against targets (...) in [0, V).
 
     The softmax runs over the V given entries in fp32: cut away ids that are illegal at these slots first. Of equal
     logits the lower id ranks first, as argmax has it.
@@ -39,7 +56,7 @@ def score_logits(logits: Tensor, targets: Tensor) -> TokenScores:
     ids = torch.arange(logits.shape[-1], device=logits.device)
     ahead = (logits > target_logits) | ((logits == target_logits) & (ids < chosen))
     rank = ahead.sum(-1)
-    return TokenScores(*(x.cpu().double() for x in (nats, rank < 1, rank < TOP)))
+    return TokenScores(nats.cpu().double(), (rank < 1).cpu().double(), (rank < TOP).cpu().double())
 
 
 def changed_tokens(indices: Tensor) -> Tensor:
@@ -84,16 +101,25 @@ def ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
+def known_ratio(part: float, whole: float) -> float | None:
+    """Divide, or give None where nothing was counted or a part of it is not known (NaN)."""
+    return None if math.isnan(part) else ratio(part, whole)
+
+
 class TokenMeter:
     """Accumulate teacher-forced scores over clips."""
 
-    def __init__(self, grid: tuple[int, int]) -> None:
+    def __init__(self, grid: tuple[int, int], num_digits: int = 1) -> None:
         self.tokens_per_frame = math.prod(grid)
-        self.grid_sums = GridSums(("tokens", "nats", "top1", "top5", "changed", "changed_top1"), grid)
+        self.digits = [f"digit_{digit}" for digit in range(num_digits)] if num_digits > 1 else []
+        fields = [f"{digit}_{field}" for digit in self.digits for field in ("nats", "top1")]
+        self.grid_sums = GridSums(("tokens", "nats", "top1", "top5", "changed", "changed_top1", *fields), grid)
 
     def update(self, scores: TokenScores, changed: Tensor, first_frame: int = 1) -> None:
         """Add scores of B clips; changed: bool (B, t, h, w), see changed_tokens; first_frame: the clip's frame they begin at."""
-        moved = changed.cpu().double()
+        moved, unknown = changed.cpu().double(), torch.full_like(scores.nats, math.nan)
+        digits = scores.digits or (TokenScores(unknown, unknown, unknown),) * len(self.digits)
+        named = list(zip(self.digits, digits, strict=True))
         self.grid_sums.add(
             first_frame,
             tokens=torch.ones_like(scores.nats),
@@ -102,6 +128,8 @@ class TokenMeter:
             top5=scores.top5,
             changed=moved,
             changed_top1=moved * scores.top1,
+            **{f"{name}_nats": digit.nats for name, digit in named},
+            **{f"{name}_top1": digit.top1 for name, digit in named},
         )
 
     def summary(self) -> Figures:
@@ -118,8 +146,7 @@ class TokenMeter:
         """Give one row a place of the grid."""
         return [{"row": y, "column": x} | self._figures(sums) for (y, x), sums in self.grid_sums.by_position().items()]
 
-    @staticmethod
-    def _figures(sums: dict[str, float]) -> Figures:
+    def _figures(self, sums: dict[str, float]) -> Figures:
         nats = ratio(sums["nats"], sums["tokens"])
         return {
             "tokens_count": int(sums["tokens"]),
@@ -128,9 +155,11 @@ class TokenMeter:
             # Beyond 700 nats exp overflows; no codebook has e^700 entries, the cap only keeps the JSON finite.
             "perplexity_tokens": None if nats is None else math.exp(min(nats, 700.0)),
             "top1_accuracy_fraction": ratio(sums["top1"], sums["tokens"]),
-            "top5_accuracy_fraction": ratio(sums["top5"], sums["tokens"]),
+            "top5_accuracy_fraction": known_ratio(sums["top5"], sums["tokens"]),
             "top1_accuracy_on_changed_tokens_fraction": ratio(sums["changed_top1"], sums["changed"]),
             "changed_tokens_fraction": ratio(sums["changed"], sums["tokens"]),
+            **{f"{name}_cross_entropy_nats_per_token": known_ratio(sums[f"{name}_nats"], sums["tokens"]) for name in self.digits},
+            **{f"{name}_top1_accuracy_fraction": known_ratio(sums[f"{name}_top1"], sums["tokens"]) for name in self.digits},
         }
 
 
@@ -180,63 +209,25 @@ class RolloutMeter:
         }
 
 
-class TokenCounts:
-    """Count tokens of training clips: by place, and how often a token stays the same from one frame to the next."""
-
-    def __init__(self, codebook_size: int, grid: tuple[int, int]) -> None:
-        if codebook_size < 2:
-            raise ValueError(f"got codebook_size {codebook_size}; baselines need at least 2: pass the tokenizer's codebook size")
-        self.by_position = torch.zeros(*grid, codebook_size, dtype=torch.int32)
-        self.pairs = 0
-        self.same = 0
-
-    def update(self, indices: Tensor) -> None:
-        """Add clips (B, t, h, w) of ids in [0, codebook_size); raises ValueError on another grid or an id outside."""
-        height, width, codebook_size = self.by_position.shape
-        indices = indices.detach().cpu().long()
-        if indices.ndim != 4 or indices.shape[2:] != (height, width):
-            raise ValueError(
-                f"got indices of shape {tuple(indices.shape)}; the counts are over (B, t, {height}, {width}): "
-                "count tokens of one tokenizer and frame size"
-            )
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < codebook_size:
-            raise ValueError(
-                f"got ids from {int(indices.min())} to {int(indices.max())}; the codebook has 0 to {codebook_size - 1}: "
-                "use the tokens and the card of one tokenizer"
-            )
-        places = repeat(torch.arange(height * width), "(h w) -> B t h w", B=len(indices), t=indices.shape[1], h=height)
-        flat = (places * codebook_size + indices).reshape(-1)
-        self.by_position.view(-1).scatter_add_(0, flat, torch.ones(len(flat), dtype=torch.int32))
-        stayed = ~changed_tokens(indices)
-        self.pairs += stayed.numel()
-        self.same += int(stayed.sum())
-
-    def unigram(self) -> Tensor:
-        """Give p(id), add-one smoothed: float64 (V,)."""
-        counts = self.by_position.sum((0, 1)).double() + 1
-        return counts / counts.sum()
-
-    def same_probability(self) -> float:
-        """Give p(a token equals the one before it at the same place), add-one smoothed."""
-        return (self.same + 1) / (self.pairs + 2)
-
-
 class Baselines:
-    """Four forecasts without a network, made from training counts."""
+    """Four forecasts without a network, made from training counts; none depends on a model.
+
+    Of ids with several digits, uniform and unigram also tell the same of each digit. These do not add up to the unigram of ids:
+    an id's digits depend on each other.
+    """
 
     names = ("uniform", "unigram", "unigram_by_position", "copy_last_frame_smoothed")
 
     def __init__(self, counts: TokenCounts) -> None:
-        self.counts = counts.by_position
+        self.counts, self.places = counts, counts.by_position
         self.same_probability = counts.same_probability()
         self.unigram = counts.unigram()
-        self.rank = torch.argsort(torch.argsort(self.unigram, descending=True, stable=True))
-        self.seen = self.counts.sum(-1).double()
+        self.rank = _ranks(self.unigram)
+        self.digits = [(unigram, _ranks(unigram)) for unigram in counts.digit_unigrams()]
+        self.seen, distinct = self.places.totals()
         # Witten-Bell back-off: a place that showed many different ids leaves more room for the overall frequencies.
-        self.back_off = (self.counts > 0).sum(-1).clamp(min=1).double()
-        self.top_by_position = torch.stack(
-            [self._position_row(y).topk(min(TOP, len(self.unigram))).indices for y in range(self.counts.shape[0])]
-        )
+        self.back_off = distinct.clamp(min=1)
+        self.top_by_position = self.places.likeliest(self.unigram, self.back_off, min(TOP, len(self.unigram)))
 
     def scores(self, indices: Tensor) -> dict[str, TokenScores]:
         """Score frames 1 .. t - 1 of clips (B, t, h, w) under every baseline."""
@@ -249,27 +240,30 @@ class Baselines:
             "copy_last_frame_smoothed": self._copy_last_frame(past, targets),
         }
 
-    def _position_row(self, y: int) -> Tensor:
-        """Give p(id | row y, column): float64 (w, V)."""
-        smoothed = self.counts[y].double() + rearrange(self.back_off[y], "w -> w 1") * self.unigram
-        return smoothed / rearrange(self.seen[y] + self.back_off[y], "w -> w 1")
+    def _look_up(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Give p(id) of indices (...) by overall frequency, and their rank: an id that was not seen ranks behind all others."""
+        index, is_known = self.places.find(indices)
+        probability, rank = self.unigram[index], self.rank[index]
+        if is_known.all():
+            return probability, rank
+        probability = torch.where(is_known, probability, self.counts.unseen(indices))
+        return probability, rank.masked_fill(~is_known, len(self.unigram))
 
     def _uniform(self, targets: Tensor) -> TokenScores:
         """Score equal probabilities; a blind guess hits in one of V, which is entered as an exact expectation."""
-        size = len(self.unigram)
-        values = (math.log(size), 1 / size, min(TOP / size, 1.0))
-        return TokenScores(*(torch.full(targets.shape, value, dtype=torch.float64) for value in values))
+        digits = [_equal(len(unigram), targets.shape) for unigram, _ in self.digits]
+        return replace(_equal(self.counts.codebook_size, targets.shape), digits=tuple(digits))
 
     def _unigram(self, targets: Tensor) -> TokenScores:
-        """Score the overall frequency of ids."""
-        rank = self.rank[targets]
-        return TokenScores(-self.unigram[targets].log(), (rank < 1).double(), (rank < TOP).double())
+        """Score the overall frequency of ids, and that of the values of each digit."""
+        values = split_digits(targets, self.counts.factors).unbind(-1) if self.digits else ()
+        digits = [_frequent(unigram[value], rank[value]) for (unigram, rank), value in zip(self.digits, values, strict=True)]
+        return replace(_frequent(*self._look_up(targets)), digits=tuple(digits))
 
     def _unigram_by_position(self, targets: Tensor) -> TokenScores:
         """Score the frequency of ids at this place, backed off to the overall frequency."""
-        rows, columns = torch.meshgrid(*(torch.arange(side) for side in targets.shape[2:]), indexing="ij")
-        counted = self.counts[rows, columns, targets].double()
-        probability = (counted + self.back_off * self.unigram[targets]) / (self.seen + self.back_off)
+        unigram, _ = self._look_up(targets)
+        probability = (self.places.at(targets) + self.back_off * unigram) / (self.seen + self.back_off)
         hits = self.top_by_position == rearrange(targets, "... -> ... 1")
         return TokenScores(-probability.log(), hits[..., 0].double(), hits.any(-1).double())
 
@@ -280,7 +274,23 @@ class Baselines:
         other ids by their overall frequency.
         """
         stays = past == targets
-        moves = (1 - self.same_probability) * self.unigram[targets] / (1 - self.unigram[past])
+        (unigram, rank), (past_unigram, past_rank) = self._look_up(targets), self._look_up(past)
+        moves = (1 - self.same_probability) * unigram / (1 - past_unigram)
         probability = torch.where(stays, torch.tensor(self.same_probability, dtype=torch.float64), moves)
-        rank_among_others = self.rank[targets] - (self.rank[past] < self.rank[targets]).long()
+        rank_among_others = rank - (past_rank < rank).long()
         return TokenScores(-probability.log(), stays.double(), (stays | (rank_among_others < TOP - 1)).double())
+
+
+def _equal(size: int, shape: torch.Size) -> TokenScores:
+    values = (math.log(size), 1 / size, min(TOP / size, 1.0))
+    nats, top1, top5 = (torch.full(shape, value, dtype=torch.float64) for value in values)
+    return TokenScores(nats, top1, top5)
+
+
+def _ranks(unigram: Tensor) -> Tensor:
+    """Give the rank of each id by its frequency (V,), 0 the most frequent; of equal ones the lower id ranks first."""
+    return torch.argsort(torch.argsort(unigram, descending=True, stable=True))
+
+
+def _frequent(probability: Tensor, rank: Tensor) -> TokenScores:
+    return TokenScores(-probability.log(), (rank < 1).double(), (rank < TOP).double())

@@ -1,9 +1,11 @@
 """VidGPTForCausalLM: a decoder-only transformer over the tokens of a clip.
 
 Unusual: rotary phases over (t, h, w) computed from the plain 1-D position, queries aligned to the position they predict, and a
-learned embedding of the slot within the frame, because a place's law may depend on where it is (a lane, the sky).
+learned embedding of the slot within the frame, because a place's law may depend on where it is (a lane, the sky) and, where an id
+has several digits, on which of them is due.
 """
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -17,8 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from vidgpt.attention import Attention, BranchEnd, RMSNorm, RotaryPhases
 from vidgpt.cache import SlotCache
 from vidgpt.config import VidGPTConfig
-from vidgpt.layout import IGNORED, TokenLayout
-from vidgpt.loss import chunked_cross_entropy
+from vidgpt.layout import TokenLayout
+from vidgpt.loss import place_cross_entropy
 from vidgpt.masks import build_mask, causal
 
 
@@ -113,7 +115,7 @@ class VidGPTModel(VidGPTPreTrainedModel):
         positions = self._positions(input_ids, position_ids, past)
         mask = self._mask(attention_mask, positions, past)
         query_phases, key_phases = self.rotary(positions + 1), self.rotary(positions)
-        hidden_states = self.embed_tokens(input_ids) + self.embed_slots(positions % self.layout.tokens_per_frame)
+        hidden_states = self._embed(input_ids) + self.embed_slots(positions % self.layout.tokens_per_frame)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -124,6 +126,15 @@ class VidGPTModel(VidGPTPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """Give the embedding (B, L, D) of input_ids (B, L); an id that holds several digits has the sum of theirs."""
+        if not self.layout.is_parallel:
+            return self.embed_tokens(input_ids)
+        rows, is_lead = self.layout.embedding_rows(input_ids)
+        # Digit by digit: all at once would take Q times the memory.
+        summed = reduce(torch.add, map(self.embed_tokens, rows.unbind(-1)))
+        return torch.where(is_lead[..., None], self.embed_tokens(rows[..., 0]), summed)
 
     def _positions(self, input_ids: Tensor, position_ids: Tensor | None, past: int) -> Tensor:
         size = int(self.config.max_position_embeddings or 0)
@@ -161,13 +172,14 @@ class VidGPTModel(VidGPTPreTrainedModel):
 class VidGPTForCausalLM(VidGPTPreTrainedModel, GenerationMixin):
     """VidGPTModel and a head over the vocabulary; logits at p are for position p + 1."""
 
+    edge_layers = ("embed_tokens", "embed_slots", "lm_head")
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: VidGPTConfig) -> None:
         super().__init__(config)
         self.model = VidGPTModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, self.model.layout.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, self.model.layout.num_logits, bias=False)
         self.post_init()
         # Without top_k = 0 transformers keeps only the 50 likeliest ids; it accepts the key in a sampling config alone.
         self.generation_config.do_sample, self.generation_config.top_k = True, 0
@@ -183,15 +195,27 @@ class VidGPTForCausalLM(VidGPTPreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Give logits (B, L or logits_to_keep, V), or, when labels (B, L) are given, the loss alone: a scalar in nats a token.
+        """Give logits (B, L or logits_to_keep, V), or, when labels (B, L) are given, the loss alone: a scalar in nats a place.
 
-        Labels are ids at their own places (they are shifted here) and IGNORED where nothing is to be learned.
+        V is the layout's num_logits; TokenLayout.due_logits cuts out those of each digit. Labels are ids at their own places (they
+        are shifted here) and IGNORED where nothing is to be learned.
         """
         outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache, **kwargs)
         hidden_states = outputs.last_hidden_state
         if labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-            loss = chunked_cross_entropy(hidden_states.flatten(0, 1), self.lm_head.weight, targets, self.config.loss_chunk)
+            loss = place_cross_entropy(hidden_states, self.lm_head.weight, labels, self.model.layout, self.config.loss_chunk)
             return CausalLMOutputWithPast(loss=loss, past_key_values=outputs.past_key_values)
         logits = self.lm_head(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states)
         return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Continue sequences with transformers' generate; needs vidgpt.sampling.LayoutLogitsProcessor.
+
+        Raises ValueError for digits=parallel, whose logits are no distribution over ids.
+        """
+        if self.model.layout.is_parallel:
+            raise ValueError(
+                "generate draws one id from one distribution, but a model of digits=parallel foretells several digits at once: "
+                "use Predictor or vidgpt.rollout.stream_tokens, or train with model.digits=slots"
+            )
+        return super().generate(*args, **kwargs)

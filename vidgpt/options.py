@@ -42,11 +42,14 @@ class PredictOptions:
 
     context, future: frames at the model's rate. start: seconds into the input where the context begins; null takes the last frames.
     actions: a file with one action a frame (context and future), for models that know actions.
+    allow_torchscript: may the checkpoint's tokenizer run its code, where it is TorchScript?
+    decoder: a tokenizer trained with train_only=decoder from the checkpoint's, to decode with; null takes the checkpoint's own.
     """
 
     checkpoint: str = MISSING
     input: str = MISSING
     output: str = MISSING
+    decoder: str | None = None
     context: int = 8
     future: int = 16
     samples: int = 1
@@ -54,6 +57,7 @@ class PredictOptions:
     decoding: str = "raster"
     start: float | None = None
     actions: str | None = None
+    allow_torchscript: bool = False
     sampling: SamplingKeys = field(default_factory=SamplingKeys)
 
     def __post_init__(self) -> None:

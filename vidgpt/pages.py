@@ -1,24 +1,20 @@
 """What was measured, as figures, tables and one page: for an evaluation by itself and for the demo."""
 
-import json
-import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from vidgpt import plots
 from vidgpt.evaluation import TokenReport
 from vidgpt.options import DemoOptions
 from vidgpt.pixels import PixelReport
-from vidgpt.report import Cell, Clip, Figure, Report, Table, difference_frames, write_report
+from vidgpt.report import Clip, Report, write_report
 from vidtok.card import Card
+from vidtok.page_parts import Cell, Figure, Table, difference_frames, make_receipt
 from vidtok.video import to_frames
 
-PACKAGES = ("torch", "transformers", "accelerate", "vector-quantize-pytorch", "av", "datasets")
 COLUMNS = {
     "cross_entropy_nats_per_token": "nats a token",
     "cross_entropy_bits_per_token": "bits a token",
@@ -37,7 +33,9 @@ def write_evaluation_report(tokens: TokenReport, folder: Path, title: str, recei
         f"{tokens.clips} clips, teacher-forced: {forced['cross_entropy_nats_per_token']:.3f} nats a token, "
         f"top-1 accuracy {forced['top1_accuracy_fraction']:.3f}."
     )
-    report = Report(title, summary, figures=token_figures(tokens, folder), tables=token_tables(tokens), receipt=_receipt(receipt))
+    report = Report(
+        title, summary, figures=token_figures(tokens, folder), tables=token_tables(tokens), receipt=make_receipt(receipt)
+    )
     return write_report(report, folder / "report.html")
 
 
@@ -68,7 +66,7 @@ def write_demo_report(
     tables = [_psnr_table(pixels), *token_tables(tokens), _time_table(seconds)]
     card = Card.load(options.encoding.output)
     title = "From video to tokens to predicted frames"
-    report = Report(title, summary, _clips(pixels, options), figures, tables, _receipt(config), fps=min(8.0, card.fps))
+    report = Report(title, summary, _clips(pixels, options), figures, tables, make_receipt(config), fps=min(8.0, card.fps))
     return write_report(report, run_dir / "report.html")
 
 
@@ -117,12 +115,24 @@ def token_tables(tokens: TokenReport) -> list[Table]:
     for name, meter in tokens.teacher_forced.items():
         figures = meter.summary()
         rows.append([name.replace("_", " "), *(_rounded(figures[key]) for key in COLUMNS)])
-    tables = [Table("Teacher-forced, held-out clips", ["", *COLUMNS.values()], rows)]
+    tables = [Table("Teacher-forced, held-out clips", ["", *COLUMNS.values()], rows), *_digit_tables(tokens)]
     if tokens.free_running is not None:
         summary = tokens.free_running.summary()
         names = [[key.replace("_", " "), _rounded(value)] for key, value in summary.items()]
         tables.append(Table(f"Free-running from {tokens.context} given frames", ["", "value"], names))
     return tables
+
+
+def _digit_tables(tokens: TokenReport) -> list[Table]:
+    """Give the figures of each digit, where ids have several."""
+    model = tokens.teacher_forced["model"]
+    keys = [f"{digit}_{field}" for digit in model.digits for field in ("cross_entropy_nats_per_token", "top1_accuracy_fraction")]
+    names = [f"digit {index}, {unit}" for index in range(len(model.digits)) for unit in ("nats", "top-1")]
+    rows = [
+        [name.replace("_", " "), *(_rounded(figures[key]) for key in keys)]
+        for name, figures in ((name, meter.summary()) for name, meter in tokens.teacher_forced.items())
+    ]
+    return [Table("Teacher-forced, digit by digit, coarsest first", ["", *names], rows)] if keys else []
 
 
 def _psnr_table(pixels: PixelReport) -> Table:
@@ -166,16 +176,6 @@ def _losses(options: DemoOptions, folder: Path) -> list[Figure]:
         )
         for name, (run, unit) in runs.items()
     ]
-
-
-def _receipt(config: Mapping[str, Any]) -> dict[str, Any]:
-    versions = {name: version(name) for name in PACKAGES}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "device": device,
-        "config": json.loads(json.dumps(config, default=str)),
-    }
 
 
 def _rounded(value: float | int | None) -> float | int | None:

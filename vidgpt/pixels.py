@@ -38,11 +38,11 @@ def evaluate_pixels(
 ) -> PixelReport:
     """Predict what follows the first `context` frames of clips (B, 3, T, H, W) and compare with what did follow.
 
-    Greedy unless options say otherwise. context = 1 + k * stride_t.
+    Greedy unless options say otherwise. context: as Predictor.predict takes it.
     """
     future = video.shape[2] - context
     real = video.to(predictor.device)
-    ceiling = predictor.decode(predictor.encode(real))
+    ceiling = predictor.tokenizer.reconstruct(real)
     predicted = predictor.predict(real[:, :, :context], future, seed=seed, options=options, actions=actions)
     truth = real[:, :, context:]
     copied = repeat(real[:, :, context - 1], "b c h w -> b c t h w", t=future)

@@ -12,12 +12,14 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vidgpt.decoding import PLANS
 from vidgpt.inputs import Context, read_actions, read_context
 from vidgpt.options import PredictOptions
 from vidgpt.report import strip_image
 from vidgpt.rollout import Predictor
 from vidgpt.sampling import SamplingOptions
-from vidtok.checkpoints import write_text
+from vidtok.run.checkpoints import write_text
+from vidtok.tokenizer import check_decoder
 from vidtok.video import to_frames, write_png, write_video
 
 RECORD_FILE = "prediction.json"
@@ -33,7 +35,10 @@ def predict_file(options: PredictOptions) -> dict[str, object]:
     """
     _check_output(options)
     sampling = SamplingOptions(**asdict(options.sampling))
-    predictor = Predictor.from_pretrained(options.checkpoint)
+    predictor = Predictor.from_pretrained(
+        options.checkpoint, allow_torchscript=options.allow_torchscript, decoder=options.decoder
+    )
+    check_decoder(predictor.tokenizer)
     predictor.check_window(options.context, options.future)
     context = read_context(options.input, predictor.card, options.context, options.future, options.start)
     print(context.note)
@@ -111,7 +116,7 @@ def _actions(options: PredictOptions, predictor: Predictor, context: Context) ->
     if options.actions is None:
         raise ValueError("this model was trained with actions: give actions=FILE, one whole number a frame, context and future")
     actions = read_actions(options.actions, predictor.layout.num_actions)
-    needed = predictor.latent_frames(context.video.shape[2] - 1) + 1 + predictor.latent_frames(options.future)
+    needed = predictor.card.latent_frames_in(context.video.shape[2]) + predictor.latent_frames(options.future)
     if actions.shape[1] != needed:
         raise ValueError(f"actions {options.actions} has {actions.shape[1]} entries, context and future need {needed}")
     return actions.expand(options.samples, -1)
@@ -146,7 +151,7 @@ def _record(options: PredictOptions, predictor: Predictor, context: Context, sec
         "tokenizer_fingerprint": predictor.card.tokenizer_fingerprint,
         "decoding_seconds": round(seconds, 3),
         "frames_per_second": round(options.future * options.samples / max(seconds, 1e-9), 3),
-        "forward_passes_per_frame": future * predictor.layout.cells / options.future,
+        "forward_passes_per_frame": future * PLANS[options.decoding].passes_per_frame(predictor.layout) / options.future,
         "torch_version": torch.__version__,
         "files": _file_names(options),
     }

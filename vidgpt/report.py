@@ -6,10 +6,8 @@ animation: unlike separate animated images, all of them keep in step, with each 
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
@@ -19,15 +17,12 @@ from string import Template
 from typing import Any
 
 import numpy as np
-from einops import rearrange
 
-Cell = str | float | int | None
+from vidtok.page_parts import Figure, Table, figure_card, panel_width, panels, receipt_section, section, table_card
+
 GIVEN_COLOUR, PREDICTED_COLOUR = (217, 119, 6), (37, 99, 235)
-SMALLEST_PANEL, USUAL_PANEL = 192, 280  # CSS pixels
-LARGEST_PNG = 1_000_000  # bytes; a larger moving picture is written as lossy WebP
 STRIP_PANEL, STRIP_FRAMES, STRIP_GAP, STRIP_HEADER = 96, 12, 12, 28  # pixels, frames a line, pixels, pixels
 STRIP_INK = (51, 65, 85)
-LARGEST_WEBP_SIDE = 16_383  # pixels, a limit of the format
 
 
 @dataclass(frozen=True)
@@ -37,23 +32,6 @@ class Clip:
     rows: Mapping[str, np.ndarray]  # name -> uint8 (T, H, W, 3), of one T
     context: int  # how many of the T frames were given
     caption: str = ""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture with its caption."""
-
-    path: str | Path  # a PNG
-    caption: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Numbers with their names; None shows as a dash."""
-
-    caption: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
 
 
 @dataclass(frozen=True)
@@ -79,20 +57,15 @@ def write_report(report: Report, path: str | Path) -> Path:
         title=escape(report.title),
         summary=escape(report.summary),
         clips=_clips(report),
-        figures=_section("Curves", "".join(map(_figure, report.figures)), "figures"),
-        tables=_section("Numbers", "".join(map(_table, report.tables))),
-        receipt=_receipt(report.receipt),
+        figures=section("Curves", "".join(map(figure_card, report.figures)), "figures"),
+        tables=section("Numbers", "".join(map(table_card, report.tables))),
+        receipt=receipt_section(report.receipt),
         keyframes=_keyframes(report.clips),
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def difference_frames(frames: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Show where two clips uint8 (T, H, W, 3) differ: the absolute difference of each colour, black where equal."""
-    return np.abs(frames.astype(np.int16) - reference.astype(np.int16)).astype(np.uint8)
 
 
 def check_rows(rows: Mapping[str, np.ndarray], context: int, is_one_length: bool = False) -> None:
@@ -146,11 +119,6 @@ def strip_image(rows: Mapping[str, np.ndarray], context: int) -> np.ndarray:
     return np.asarray(canvas).copy()
 
 
-def _section(title: str, body: str, kind: str = "") -> str:
-    """Wrap a part of the page, or give nothing where it is empty."""
-    return f'<section><h2>{title}</h2><div class="{kind}">{body}</div></section>' if body else ""
-
-
 def _clips(report: Report) -> str:
     """Give all clips with the key to their colours and the pause button."""
     if not report.clips:
@@ -159,25 +127,18 @@ def _clips(report: Report) -> str:
         '<div class="bar"><span class="key given">given</span><span class="key predicted">predicted</span>'
         f'<label for="pause"></label><span>{report.fps:g} frames a second</span></div>'
     )
-    return _section("Clips", bar + "".join(_clip(clip, report.fps) for clip in report.clips))
+    return section("Clips", bar + "".join(_clip(clip, report.fps) for clip in report.clips))
 
 
 def _clip(clip: Clip, fps: float) -> str:
     """Give one clip: its panels, its badge and its time line."""
-    frames, height, width, _ = next(iter(clip.rows.values())).shape
-    # Whole multiples keep every pixel a square of one size.
-    shown = width * max(math.ceil(SMALLEST_PANEL / width), USUAL_PANEL // width)
+    frames, _, width, _ = next(iter(clip.rows.values())).shape
     share = 100 * clip.context / frames
-    style = f"--count: {len(clip.rows)}; --width: {shown}px; --frames: {frames}; --seconds: {frames / fps:.4f}s"
-    panels = "".join(
-        f'<figure class="panel"><div class="screen" style="aspect-ratio: {width} / {height}">'
-        f'<img alt="{escape(name)}" src="{_film(pictures)}"></div><figcaption>{escape(name)}</figcaption></figure>'
-        for name, pictures in clip.rows.items()
-    )
+    style = f"--count: {len(clip.rows)}; --width: {panel_width(width)}px; --frames: {frames}; --seconds: {frames / fps:.4f}s"
     track = f"background: linear-gradient(to right, var(--given) {share:.4f}%, var(--predicted) {share:.4f}%)"
     caption = f'<p class="caption">{escape(clip.caption)}</p>' if clip.caption else ""
     return (
-        f'<div class="card clip turn-{clip.context}-{frames}" style="{style}"><div class="panels">{panels}</div>'
+        f'<div class="card clip turn-{clip.context}-{frames}" style="{style}"><div class="panels">{panels(clip.rows)}</div>'
         '<div class="state"><div class="badge"><span class="given">given</span><span class="predicted">predicted</span></div>'
         f'<div class="track" style="{track}"><i></i></div></div>{caption}</div>'
     )
@@ -206,71 +167,3 @@ def _turn(name: str, share: float) -> str:
         place = f".{name} .screen, .{name} .screen::after" if part == "screen" else f".{name} .badge .{part}"
         rules.append(f"{place} {{ animation: {name}-{part} var(--seconds) step-end infinite; }}")
     return "\n".join(rules)
-
-
-def _film(pictures: np.ndarray) -> str:
-    """Give frames uint8 (T, H, W, 3) as one column of pictures in a data URI."""
-    column = rearrange(pictures, "T H W C -> (T H) W C")
-    content = _encode(column, "PNG")
-    if len(content) > LARGEST_PNG and max(column.shape) <= LARGEST_WEBP_SIDE:
-        return _data_uri(_encode(column, "WEBP"), "webp")
-    return _data_uri(content, "png")
-
-
-def _encode(image: np.ndarray, kind: str) -> bytes:
-    """Encode an image uint8 (H, W, 3); quality matters to WebP alone."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, kind, quality=92)
-    return buffer.getvalue()
-
-
-def _data_uri(content: bytes, kind: str) -> str:
-    """Put a file's bytes into the page."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-def _figure(figure: Figure) -> str:
-    """Give one picture of the curves."""
-    caption = f'<p class="caption">{escape(figure.caption)}</p>' if figure.caption else ""
-    source = _data_uri(Path(figure.path).read_bytes(), "png")
-    return f'<div class="card"><img alt="{escape(figure.caption or Path(figure.path).stem)}" src="{source}">{caption}</div>'
-
-
-def _table(table: Table) -> str:
-    """Give one table of numbers."""
-    header = "".join(f"<th>{escape(name)}</th>" for name in table.header)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(format_cell(cell))}</td>" for cell in row) + "</tr>" for row in table.rows)
-    return (
-        f'<div class="card scroll"><table><caption>{escape(table.caption)}</caption>'
-        f"<thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
-
-
-def format_cell(cell: Cell) -> str:
-    """Show a float with about four digits, a whole number in full, and a dash for None or what is no number."""
-    if cell is None or (isinstance(cell, float) and not math.isfinite(cell)):
-        return "–"
-    if not isinstance(cell, float):
-        return str(cell)
-    if 0 < abs(cell) < 0.01:
-        return f"{cell:.3g}"
-    return f"{cell:,.{3 if abs(cell) < 10 else 2 if abs(cell) < 100 else 1}f}"
-
-
-def _receipt(receipt: Mapping[str, Any]) -> str:
-    """Give the receipt, folded away, one line a value."""
-    rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in _leaves(receipt))
-    table = f'<table class="receipt">{rows}</table>'
-    folded = f'<div class="card"><details><summary>Versions, seeds, configuration</summary>{table}</details></div>'
-    return _section("Receipt", folded if rows else "")
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Walk a nested mapping; keys are joined by dots."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

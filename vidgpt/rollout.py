@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from einops import repeat
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from vidgpt.config import VidGPTConfig
 from vidgpt.decoding import PLANS
@@ -14,40 +13,49 @@ from vidgpt.model import VidGPTForCausalLM
 from vidgpt.sampling import SamplingOptions, generators
 from vidtok.card import Card
 from vidtok.folders import load_model, model_folder
-from vidtok.model import VidTokModel
+from vidtok.tokenizer import Tokenizer, load_tokenizer
 
 
 class Predictor:
     """A tokenizer and a transformer that belong together."""
 
-    def __init__(self, model: VidGPTForCausalLM, tokenizer: VidTokModel, card: Card) -> None:
-        self.model, self.tokenizer, self.card = model.eval(), tokenizer.eval(), card
+    def __init__(self, model: VidGPTForCausalLM, tokenizer: Tokenizer, card: Card) -> None:
+        self.model, self.tokenizer, self.card = model.eval(), tokenizer, card
         self.layout = model.model.layout
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | None = None) -> "Predictor":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | None = None,
+        allow_torchscript: bool = False,
+        decoder: str | Path | None = None,
+    ) -> "Predictor":
         """Load a run folder or model folder, onto CUDA when there is one.
 
+        decoder: folder of a tokenizer with another decoder for the same tokens (train_only=decoder); None takes the model's own.
+        allow_torchscript: may code of the folder be run, where its tokenizer is TorchScript? Nothing in the folder can say so.
         Raises ValueError when card, transformer and tokenizer of the folder do not belong together.
         """
         folder = model_folder(path, VidGPTConfig.model_type)
         model, card = load_model(VidGPTForCausalLM, folder), Card.load(folder)
         check_model(card, model.config, str(folder))
-        if not (folder / "tokenizer").is_dir():
+        source = folder / "tokenizer" if decoder is None else Path(decoder)
+        if decoder is None and not source.is_dir():
             raise ValueError(
                 f"{folder} has no tokenizer/, so it can be evaluated on tokens but not decode frames: encode the tokens again with "
                 "vidtok-encode, which puts the tokenizer beside them, and train on those"
             )
-        tokenizer = load_model(VidTokModel, folder / "tokenizer")
-        if tokenizer.fingerprint() != card.tokenizer_fingerprint:
+        own = load_tokenizer(source, allow_torchscript)
+        if own.fingerprint() != card.tokenizer_fingerprint and own.encoder_fingerprint() != card.encoder_fingerprint:
             raise ValueError(
-                f"{folder / 'tokenizer'} is tokenizer {tokenizer.fingerprint()}, but the transformer beside it was trained on tokens of "
-                f"{card.tokenizer_fingerprint}: put the right tokenizer there"
+                f"{source} is tokenizer {own.fingerprint()}, but the transformer of {folder} was trained on tokens of "
+                f"{card.tokenizer_fingerprint}: give that one, or one trained from it with train_only=decoder"
             )
-        keys = ("codebook_size", "stride_t", "stride_s")
-        _check_fields(card, tokenizer.config, keys, f"{folder / 'tokenizer'} has", str(folder))
+        keys = ("codebook_size", "codebook_factors", "first_frames", "stride_t", "stride_s")
+        _check_fields(card, own, keys, f"{source} has", str(folder))
         target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(target), tokenizer.to(target), card)
+        return cls(model.to(target), own.to(target), card)
 
     @property
     def device(self) -> torch.device:
@@ -56,11 +64,10 @@ class Predictor:
 
     def check_window(self, context: int, future: int) -> None:
         """Raise ValueError when a context and a future, in pixel frames, exceed the window."""
-        frames = 1 + (context - 1) // self.card.stride_t
-        _check_window(frames, self.latent_frames(future), self.model.config.window)
+        _check_window(max(1, self.card.latent_frames_in(context)), self.latent_frames(future), self.model.config.window)
 
     def latent_frames(self, frames: int) -> int:
-        """Give the latent frames that hold at least `frames` pixel frames of a future, or of a context 1 + k * stride_t."""
+        """Give the latent frames that hold at least `frames` pixel frames of a future."""
         return -(-frames // self.card.stride_t)
 
     @torch.no_grad()
@@ -76,10 +83,16 @@ class Predictor:
     ) -> Tensor:
         """Predict the next frames.
 
-        video: (B, 3, T, H, W) in [-1, 1] at the card's frame size, T = 1 + k * stride_t. Gives (B, 3, future, H, W) in [-1, 1].
+        video: (B, 3, T, H, W) in [-1, 1] at the card's frame size, T = first_frames + k * stride_t of the card, 1 + k * stride_t for
+        our own tokenizers. Gives (B, 3, future, H, W) in [-1, 1].
         actions: (B, t + future) where the model knows actions. first_sequence: number of the first clip, so that clip i of a batch is
         drawn as it would be alone with first_sequence=i. Raises ValueError when context and future exceed the window.
         """
+        whole = sorted({*self.tokenizer.valid_frames(video.shape[2])})
+        if video.shape[2] not in whole:
+            raise ValueError(
+                f"a context of {video.shape[2]} frames ends inside a latent frame: use {' or '.join(map(str, whole))} frames"
+            )
         context = self.encode(video)
         steps = self.latent_frames(future)
         indices = torch.stack(list(self.stream(context, steps, seed, options, decoding, actions, first_sequence)), dim=1)
@@ -112,8 +125,9 @@ class Predictor:
         return self.tokenizer.encode(video.to(self.device))
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Give the clips (B, 3, T, H, W) of indices (B, t, h, w)."""
-        return self.tokenizer.decode(indices)
+        """Give the clips (B, 3, T, H, W) of indices (B, t, h, w), at the card's frame size."""
+        card = self.card
+        return self.tokenizer.decode(indices, (card.frames_of(indices.shape[1]), card.frame_height, card.frame_width))
 
     def samples(self, context: Tensor, samples: int) -> Tensor:
         """Repeat every clip `samples` times, clip-major."""
@@ -127,9 +141,9 @@ def check_model(card: Card, config: VidGPTConfig, name: str) -> None:
     _check_fields(card, config, (*keys, "num_actions") if config.num_actions else keys, "its config.json has", name)
 
 
-def _check_fields(card: Card, config: PreTrainedConfig, keys: Sequence[str], owner: str, name: str) -> None:
+def _check_fields(card: Card, sizes: object, keys: Sequence[str], owner: str, name: str) -> None:
     for key in keys:
-        ours, theirs = getattr(config, key), getattr(card, key)
+        ours, theirs = getattr(sizes, key), getattr(card, key)
         if ours != theirs:
             raise ValueError(f"{name} has {key}={theirs} in its card.json, but {owner} {key}={ours}: copy or train it again")
 
@@ -158,7 +172,7 @@ def stream_tokens(
     leads = layout.leads(frames + future, batch, actions).to(model.device)
     prefix = layout.flatten(context.to(model.device), None if actions is None else actions[:, :frames])
     random = generators(seed, batch, model.device, first=first_sequence)
-    return PLANS[decoding](model, prefix, leads[:, frames:], options or SamplingOptions(temperature=0.0), random)
+    return PLANS[decoding].decode(model, prefix, leads[:, frames:], options or SamplingOptions(temperature=0.0), random)
 
 
 def _check_window(frames: int, future: int, window: int) -> None:

@@ -1,6 +1,7 @@
 """From logits to ids: pure functions in fp32 that leave their inputs unchanged.
 
 Order: legal ids -> temperature -> top-k -> top-p -> min-p -> draw. Every step turns a logit into -inf or leaves it.
+Where an id has several digits, each is a draw of its own with the same options.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def sample(logits: Tensor, options: SamplingOptions, generators: list[torch.Gene
 
 
 class LayoutLogitsProcessor(LogitsProcessor):
-    """Let transformers' generate write only legal sequences: picture ids in frames, the one given id in a lead slot.
+    """Let transformers' generate write only legal sequences: values of the digit due in frames, the one given id in a lead slot.
 
     Prompts start at position 0 of the layout and hold no padding. With num_return_sequences or beams, rows of one prompt follow
     each other, as generate has them.
@@ -140,7 +141,9 @@ class LayoutLogitsProcessor(LogitsProcessor):
         slot = torch.tensor(input_ids.shape[1])
         ids = repeat(torch.arange(scores.shape[-1], device=scores.device), "V -> B V", B=len(scores))
         if not self.layout.is_lead(slot):
-            return scores.masked_fill(ids >= self.layout.codebook_size, MINUS_INFINITY)
+            digit = self.layout.due_digits(int(slot) % self.layout.tokens_per_frame - 1)[0]
+            start, end = self.layout.spans[digit]
+            return scores.masked_fill((ids < start) | (ids >= end), MINUS_INFINITY)
         lead = self._lead_ids(int(self.layout.coordinates(slot)[0]), len(scores)).to(scores.device)
         is_lead = ids == rearrange(lead, "B -> B 1")
         # A constant, not the model's score: a lead is never predicted, and its score may be anything, NaN and -inf included.

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from vidgpt.config import DEFAULT_WINDOW, VidGPTConfig
+from vidgpt.counts import TokenCounts
 from vidgpt.evaluation import teacher_forced_scores
 from vidgpt.layout import TokenLayout
-from vidgpt.metrics import Baselines, TokenCounts, TokenMeter, changed_tokens
+from vidgpt.metrics import Baselines, TokenMeter, changed_tokens
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.options import TrainGPTOptions
 from vidtok.card import Card
 from vidtok.folders import copy_folder, save_model
+from vidtok.run.sampler import spread
 from vidtok.runner import Runner, build_optimizer
-from vidtok.sampler import spread
 from vidtok.tokens import TokenDataset, longest_row
 
 
@@ -64,7 +65,7 @@ def config_for(card: Card, model: Mapping[str, Any], use_actions: bool = False) 
             "use_actions=true, but these tokens carry no actions: encode data that records them, or set use_actions=false"
         )
     return VidGPTConfig(
-        **model,
+        **{**model, "factors": model.get("factors") or card.codebook_factors or None},
         codebook_size=card.codebook_size,
         grid_height=card.grid_height,
         grid_width=card.grid_width,
@@ -78,7 +79,7 @@ def evaluate_gpt(
 ) -> dict[str, float]:
     """Give the teacher-forced loss (nats a token) and accuracies over held-out clips."""
     assert clips is not None
-    meter = TokenMeter((layout.height, layout.width))
+    meter = TokenMeter((layout.height, layout.width), layout.num_digits)
     for batch in runner.evaluation_batches(clips, options.evaluation_clips):
         actions = batch["actions"] if options.use_actions else None
         with runner.autocast():
@@ -133,23 +134,32 @@ def _report(
     width = config.hidden_size + int(config.intermediate_size or 0)
     tokens = length * options.batch_size
     # fp32 bytes: per layer about six activations of each width, and the logits with their gradient.
-    activations = 4 * (6 * tokens * width * config.num_hidden_layers + 2 * min(tokens * layout.vocab_size, config.loss_chunk))
+    activations = 4 * (6 * tokens * width * config.num_hidden_layers + 2 * min(tokens * layout.num_logits, config.loss_chunk))
     memory = activations + 16 * sum(parameter.numel() for parameter in model.parameters())
     runner.say(
-        f"sequence: {layout.tokens_per_frame} tokens a frame ({layout.height}x{layout.width} and a lead), window {config.window} frames, "
-        f"{length} tokens; {len(clips)} training clips"
+        f"sequence: {layout.tokens_per_frame} tokens a frame ({layout.height}x{layout.width}{_digits(layout)} and a lead), window "
+        f"{config.window} frames, {length} tokens; {len(clips)} training clips"
     )
     runner.report(model, optimizer, memory)
-    runner.say(f"validation_loss to beat, nats a token: uniform ln V = {math.log(layout.codebook_size):.3f}")
+    unit = "nats a token" if layout.num_digits == 1 else "nats a token (the sum over its digits)"
+    runner.say(f"validation_loss to beat, {unit}: uniform ln V = {math.log(layout.codebook_size):.3f}")
     for line in _baseline_lines(clips, held_out or clips, layout, options):
         runner.say(line)
 
 
+def _digits(layout: TokenLayout) -> str:
+    """Say how the digits of an id are laid out, where there are several."""
+    if layout.num_digits == 1:
+        return ""
+    sizes = "x".join(map(str, layout.factors))
+    return f" places of {layout.num_digits} digits ({sizes} values), foretold {'together' if layout.is_parallel else 'in turn'},"
+
+
 def _baseline_lines(clips: TokenDataset, held_out: TokenDataset, layout: TokenLayout, options: TrainGPTOptions) -> list[str]:
-    counts = TokenCounts(layout.codebook_size, (layout.height, layout.width))
+    counts = TokenCounts(layout.codebook_size, (layout.height, layout.width), layout.factors)
     for indices in clips.rows():
         counts.update(indices)
-    meters = {name: TokenMeter((layout.height, layout.width)) for name in Baselines.names}
+    meters = {name: TokenMeter((layout.height, layout.width), layout.num_digits) for name in Baselines.names}
     baselines, chosen = Baselines(counts), spread(held_out, options.evaluation_clips)
     for index in range(len(chosen)):
         indices = chosen[index]["indices"][None]

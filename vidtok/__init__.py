@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vidtok.config import VidTokConfig
     from vidtok.model import VidTokModel
+    from vidtok.tokenizer import load_tokenizer
     from vidtok.video import read_video, write_video
 
-__all__ = ["VidTokConfig", "VidTokModel", "read_video", "write_video"]
+__all__ = ["VidTokConfig", "VidTokModel", "load_tokenizer", "read_video", "write_video"]
 
 _HOMES = {
     "VidTokConfig": "vidtok.config",
     "VidTokModel": "vidtok.model",
+    "load_tokenizer": "vidtok.tokenizer",
     "read_video": "vidtok.video",
     "write_video": "vidtok.video",
 }

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from vidtok.checkpoints import write_text
+from vidtok.run.checkpoints import write_text
 
 CARD_FILE = "card.json"
 CARD_FORMAT = 1
 _MADE_BY = (
     "tokenizer_fingerprint",
     "codebook_size",
+    "codebook_factors",
     "grid_height",
     "grid_width",
+    "first_frames",
     "stride_t",
     "stride_s",
     "fps",
@@ -25,12 +28,18 @@ _MADE_BY = (
     "num_actions",
 )
 _MADE_OF = ("data_name", "manifest_hash", "clip_frames", "clip_hop")
+# What the first cards of this format did not say.
+_LATER: dict[str, Any] = {"encoder_fingerprint": "", "clip_frames": 0, "clip_hop": 0, "first_frames": 1, "codebook_factors": []}
 
 
 @dataclass(frozen=True)
 class Card:
     """Say which tokenizer made the tokens, of which frames (sizes in pixels, fps in frames a second), and how many there are.
 
+    encoder_fingerprint: of encoder and codebook alone, which a tuned decoder leaves as it is; "" in cards that did not record it yet.
+    codebook_size: number of ids; codebook_factors: sizes of the codebooks whose digits make an id, [] is read as one codebook.
+    first_frames: pixel frames that a row's first latent frame stands for; every later one stands for stride_t.
+    frame_height, frame_width: of the frames that came; the grid covers them and may exceed them.
     num_actions: 0 where no actions are recorded. clip_frames, clip_hop: pixel frames of a row, and from one row's start to the next;
     0 in cards that did not record them yet. splits: rows of each split; rows, frames (pixel frames) and splits count
     only once complete is true.
@@ -50,16 +59,42 @@ class Card:
     manifest_hash: str
     clip_frames: int = 0
     clip_hop: int = 0
+    first_frames: int = 1
+    encoder_fingerprint: str = ""
+    codebook_factors: list[int] = field(default_factory=list)
     complete: bool = False
     rows: int = 0
     frames: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     format_version: int = CARD_FORMAT
 
+    def __post_init__(self) -> None:
+        """Fill the factors of one codebook in. Raises ValueError for factors of another product, and for times below 1."""
+        if not self.codebook_factors:
+            object.__setattr__(self, "codebook_factors", [self.codebook_size])
+        if math.prod(self.codebook_factors) != self.codebook_size:
+            raise ValueError(
+                f"codebook_factors={self.codebook_factors} do not multiply to codebook_size={self.codebook_size}: encode the data again"
+            )
+        if min(self.first_frames, self.stride_t) < 1:
+            raise ValueError(
+                f"first_frames={self.first_frames} and stride_t={self.stride_t} must be 1 or more: encode the data again"
+            )
+
     @property
     def value_dtype(self) -> str:
-        """Name the integers of the shards: the narrower of uint16 and int32 that holds every id."""
-        return "uint16" if self.codebook_size <= 1 << 16 else "int32"
+        """Name the integers of the shards: the narrowest of uint16, int32 and int64 that holds every id."""
+        if self.codebook_size <= 1 << 16:
+            return "uint16"
+        return "int32" if self.codebook_size <= 1 << 31 else "int64"
+
+    def frames_of(self, latent_frames: int) -> int:
+        """Give the pixel frames that so many latent frames of a row stand for."""
+        return self.first_frames + (latent_frames - 1) * self.stride_t
+
+    def latent_frames_in(self, frames: int) -> int:
+        """Give how many latent frames fit into so many pixel frames; 0 below first_frames."""
+        return max(0, 1 + (frames - self.first_frames) // self.stride_t)
 
     def begun(self) -> Card:
         """Give the card of the same tokens before the first one was written."""
@@ -83,7 +118,7 @@ class Card:
         if version != CARD_FORMAT:
             raise ValueError(f"{path} has format_version {version}, this version reads {CARD_FORMAT}: encode the data again.")
         dtype = values.pop("value_dtype", None)
-        values = {"clip_frames": 0, "clip_hop": 0, **values}
+        values = {**_LATER, **values}
         unknown = sorted(set(values) ^ {option.name for option in fields(cls)})
         if unknown:
             raise ValueError(f"{path} lacks or does not know {unknown[0]!r}: encode the data again, or update the package.")
@@ -91,7 +126,10 @@ class Card:
             if not _is_of_type(values[option.name], str(option.type)):
                 found = f"{option.name}={values[option.name]!r}, which is not of type {option.type}"
                 raise ValueError(f"{path} has {found}: the folder is damaged, copy or encode it again.")
-        card = cls(**values)
+        try:
+            card = cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         if dtype != card.value_dtype:
             raise ValueError(
                 f"{path} says value_dtype={dtype}, but codebook_size={card.codebook_size} needs {card.value_dtype}: "
@@ -104,12 +142,20 @@ def _is_of_type(value: Any, kind: str) -> bool:
     """Compare what JSON gave with an annotation of Card, exactly: true is no number."""
     if kind == "dict[str, int]":
         return isinstance(value, dict) and all(_is_of_type(count, "int") for count in value.values())
+    if kind == "list[int]":
+        return isinstance(value, list) and all(_is_of_type(count, "int") for count in value)
     return type(value).__name__ in (("int", "float") if kind == "float" else (kind,))
 
 
 def check_cards(card: Card, name: str, other: Card, other_name: str) -> None:
-    """Raise ValueError when the two were not made by the same tokenizer from frames of one size and rate; the data may differ."""
-    _refuse_difference(card, name, other, other_name, _MADE_BY, "both must come from one tokenizer and one kind of frames.")
+    """Raise ValueError when the two were not made by the same tokenizer from frames of one size and rate; the data may differ.
+
+    Tokenizers that differ in their decoder alone give the same tokens.
+    """
+    keys = list(_MADE_BY)
+    if card.encoder_fingerprint and other.encoder_fingerprint:
+        keys[keys.index("tokenizer_fingerprint")] = "encoder_fingerprint"
+    _refuse_difference(card, name, other, other_name, keys, "both must come from one tokenizer and one kind of frames.")
 
 
 def check_same_tokens(card: Card, name: str, other: Card, other_name: str) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +28,7 @@ from vidtok.schema import config_dir, store_schema
 
 PATH_KEYS = frozenset(
     {"root", "file", "input", "output", "checkpoint", "tokens", "run_dir", "init_from", "cache_dir", "actions", "pattern"}
+    | {"lpips_weights", "lpips_heads", "path", "decoder"}
 )  # the last part of a key whose value is a path
 FLAGS = {  # of Hydra, each with whether a value follows
     **dict.fromkeys(("--help", "-h", "--resolve", "--multirun", "-m"), False),
@@ -56,6 +57,8 @@ class Entry:
     run: Run
     options: type | None = None
     schemas: Callable[[], None] | None = None
+    folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    decided_by: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def command(self) -> str:
@@ -75,7 +78,7 @@ class Entry:
         except _user_errors() as error:
             if any(argument.lower() == "debug=true" for argument in given):
                 traceback.print_exc()
-            self._stop(_explain(error, self.example), 2)
+            self._stop(_explain(error, self.example, {folder: key for key, folder in self.folders.items()}), 2)
 
     def register(self) -> None:
         """Register every schema that the YAML of this command names."""
@@ -88,33 +91,44 @@ class Entry:
         flags, overrides = _split(given)
         self.register()
         # The job name is only a label; without it Hydra takes this module's.
-        overrides = [*QUIET, f"hydra.job.name={self.command}", *overrides]
+        overrides = [*QUIET, f"hydra.job.name={self.command}", *(self._with_folder(word) for word in overrides)]
         if not {"--help", "-h"}.isdisjoint(flags):
             overrides = [*self._example_presets(), *overrides, f"hydra.help.template={_quote(self._help())}"]
         composed: list[DictConfig] = []
         is_sweep = not {"--multirun", "-m"}.isdisjoint(flags)
 
+        named = frozenset(override.lstrip("+~").partition("=")[0] for override in overrides)
+
         def task(config: DictConfig) -> None:
             # The jobs of a sweep belong to Hydra's launcher; a single run waits until Hydra is out of the way.
-            self._work(config) if is_sweep else composed.append(config)
+            self._work(config, named) if is_sweep else composed.append(config)
 
         with _hydra_sees([*overrides, *flags]):
             hydra.main(config_path=config_dir(), config_name=self.config_name, version_base="1.3")(task)()
         for config in composed:
-            self._work(config)
+            self._work(config, named)
 
-    def _work(self, composed: DictConfig) -> None:
+    def _work(self, composed: DictConfig, named: frozenset[str]) -> None:
         _check_keys(composed)
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise ValueError(f"{' and '.join(missing)} must be given, for example: {self.example}")
         config = OmegaConf.to_container(composed, resolve=True)
         assert isinstance(config, dict)
+        for group, key in self.decided_by.items():
+            if config[key] is not None and group not in named:
+                config[group] = {name: value for name, value in config[group].items() if f"{group}.{name}" in named}
         self.run(_with_paths({str(key): value for key, value in config.items()}))
+
+    def _with_folder(self, override: str) -> str:
+        """Turn tokenizer=emu3 into Hydra's pretrained@tokenizer=emu3 where that key's presets lie in conf/pretrained/."""
+        key = override.partition("=")[0].lstrip("+~")
+        return override.replace(key, f"{self.folders[key]}@{key}", 1) if key in self.folders else override
 
     def _presets(self) -> dict[str, list[str]]:
         names = [option.name for option in dataclasses.fields(self.options)] if self.options is not None else []
-        groups = {name: sorted(path.stem for path in Path(config_dir(), name).glob("*.yaml")) for name in names}
+        folders = {name: Path(config_dir(), self.folders.get(name, name)) for name in names}
+        groups = {name: sorted(path.stem for path in folder.glob("*.yaml")) for name, folder in folders.items()}
         return {name: stems for name, stems in groups.items() if stems}
 
     def _example_presets(self) -> list[str]:
@@ -137,7 +151,12 @@ class Entry:
 
 
 def entry(
-    config_name: str, example: str, options: type | None = None, schemas: Callable[[], None] | None = None
+    config_name: str,
+    example: str,
+    options: type | None = None,
+    schemas: Callable[[], None] | None = None,
+    folders: Mapping[str, str] | None = None,
+    decided_by: Mapping[str, str] | None = None,
 ) -> Callable[[Run], Entry]:
     """Make a console command of a function that takes the composed configuration as a plain dictionary.
 
@@ -145,10 +164,13 @@ def entry(
     example: one complete command line, shown by --help and when something is missing.
     options: dataclass of every root key, groups included (`data: Any = "???"`), registered as `schema_<config_name>`.
     schemas: registers the schemas of the groups; called only when the command runs, because importing a model takes seconds.
+    folders: keys whose presets lie in a folder of conf/ with another name, as {"tokenizer": "pretrained"}.
+    decided_by: groups whose default preset does not count once another key is given, as {"tokenizer": "init_from"}; of these the
+    function then gets only what the command line says.
     """
 
     def decorate(run: Run) -> Entry:
-        return Entry(config_name, example, run, options, schemas)
+        return Entry(config_name, example, run, options, schemas, folders or {}, decided_by or {})
 
     return decorate
 
@@ -248,10 +270,11 @@ def _check_keys(config: DictConfig, prefix: str = "") -> None:
             _check_keys(config[key], f"{prefix}{key}.")
 
 
-def _explain(error: BaseException, example: str) -> str:
-    """Say in one sentence what the user can change."""
+def _explain(error: BaseException, example: str, keys: Mapping[str, str]) -> str:
+    """Say in one sentence what the user can change. keys: of folders whose presets another name chooses."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, preset = error.missing_cfg_file.rpartition("/")
+        group = keys.get(group, group)
         options = [name for name in error.options or () if not name.startswith("schema")]
         return f"{group}={preset}: unknown preset, {_nearest(preset, options)}"
     if isinstance(error, OverrideParseException):

@@ -5,7 +5,10 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-QUANTIZERS = ("fsq", "vq")
+from vidtok.digits import MAX_CODEBOOK, MAX_IDS
+
+QUANTIZERS = ("fsq", "vq", "simvq", "lfq", "bsq", "kl", "none")
+RESIDUAL_QUANTIZERS = ("fsq", "vq", "simvq", "lfq")
 
 
 @strict
@@ -14,9 +17,18 @@ class VidTokConfig(PreTrainedConfig):
 
     stride_t, stride_s: pixel frames and pixels a token covers; patch_s of stride_s is done by folding patches into channels,
     the rest by halvings, each of which enters the next entry of channel_multipliers.
+    patching: fold, or haar, whose channels are the means and differences of a patch.
+    norm: rms, or layer, which is the faster one; both over the channels of one place.
+    temporal_encoder, temporal_decoder: whether its layers look back in time; null: where a token stands for several frames.
     encoder_kernel: 1 lets a token see its own patch alone, which makes tokens easier to predict; 3 shares with the neighbours.
-    fsq_levels counts for quantizer=fsq; codebook_size, vq_* for quantizer=vq. dead_code_ratio is relative to the expected
-    count of a code (tokens a batch / codebook size).
+    quantizer: fsq (rounding, cannot collapse), vq (codebook of running averages), simvq (codebook behind one learned map), lfq and bsq
+    (signs, bsq on the sphere); continuous latents, which have no ids: kl (Gaussian), none (as they are: the upper bound).
+    codebook_size: entries of one codebook; of fsq the product of fsq_levels, of lfq and bsq a power of two whose bits are codebook_dim.
+    num_codebooks: above 1 (fsq, vq, simvq, lfq) each codebook rounds what those before it left over; an id joins a digit of each.
+    codebook_dim: latent channels. fsq_norm: RMS norm before rounding; try it with tens of thousands of codes, it harms small codebooks.
+    vq_*, dead_code_ratio: for vq; the ratio is relative to the expected count of a code (tokens of all processes' batch / codebook
+    size). Weights: commitment_weight (vq, simvq, lfq, bsq; mean squared distance of latents to codes), entropy_weight (lfq, bsq;
+    0 to 1 bit a bit, so it means the same for every size), kl_weight (nats, mean over latent values).
     """
 
     model_type = "vidtok"
@@ -27,17 +39,25 @@ class VidTokConfig(PreTrainedConfig):
     patch_s: int = 4
     width: int = 64
     channel_multipliers: list[int] | None = None
+    patching: str = "fold"
     encoder_kernel: int = 3
     encoder_blocks: int = 2
     decoder_blocks: int = 3
+    norm: str = "rms"
+    temporal_encoder: bool | None = None
+    temporal_decoder: bool | None = None
     quantizer: str = "fsq"
+    num_codebooks: int = 1
     fsq_levels: list[int] | None = None
+    fsq_norm: bool = False
     codebook_size: int = 1000
     codebook_dim: int = 8
     vq_decay: float = 0.99
     vq_kmeans_init: bool = True
     commitment_weight: float = 0.25
     dead_code_ratio: float = 0.1
+    entropy_weight: float = 0.1
+    kl_weight: float = 1e-6
 
     def __post_init__(self, **kwargs: object) -> None:
         """Derive what depends on other fields."""
@@ -46,6 +66,8 @@ class VidTokConfig(PreTrainedConfig):
         if self.quantizer == "fsq":
             self.fsq_levels = self.fsq_levels or [8, 5, 5, 5]
             self.codebook_size, self.codebook_dim = math.prod(self.fsq_levels), len(self.fsq_levels)
+        elif self.quantizer in ("lfq", "bsq"):
+            self.codebook_dim = self.codebook_size.bit_length() - 1
         super().__post_init__(**kwargs)
 
     @property
@@ -53,13 +75,40 @@ class VidTokConfig(PreTrainedConfig):
         """Halvings of height and width after patching."""
         return max(0, round(math.log2(max(1, self.stride_s // max(1, self.patch_s)))))
 
+    @property
+    def encoder_looks_back(self) -> bool:
+        """Whether the encoder's layers see earlier frames."""
+        return self.stride_t > 1 if self.temporal_encoder is None else self.temporal_encoder
+
+    @property
+    def decoder_looks_back(self) -> bool:
+        """Whether the decoder's layers see earlier frames."""
+        return self.stride_t > 1 if self.temporal_decoder is None else self.temporal_decoder
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether latents become ids."""
+        return self.quantizer not in ("kl", "none")
+
+    @property
+    def codebook_factors(self) -> list[int]:
+        """Sizes of the codebooks whose digits make an id, coarsest first; none for continuous latents."""
+        return [self.codebook_size] * self.num_codebooks if self.is_discrete else []
+
+    @property
+    def num_ids(self) -> int:
+        """Number of ids: all codebooks together, 0 for continuous latents."""
+        return math.prod(self.codebook_factors) if self.is_discrete else 0
+
     def validate_architecture(self) -> None:
         """Check the rules across fields."""
         allowed = {
             "stride_t": (1, 2, 4),
             "stride_s": (4, 8, 16),
             "patch_s": (1, 2, 4, 8, 16),
+            "patching": ("fold", "haar"),
             "encoder_kernel": (1, 3),
+            "norm": ("rms", "layer"),
             "quantizer": QUANTIZERS,
         }
         for name, values in allowed.items():
@@ -74,17 +123,39 @@ class VidTokConfig(PreTrainedConfig):
                 f"channel_multipliers={self.channel_multipliers} has not {self.num_halvings + 1} entries: stride_s={self.stride_s} with "
                 f"patch_s={self.patch_s} halves {self.num_halvings} times, give one multiplier for each resolution"
             )
+        self._check_codebooks()
+        self._check_weights()
+        if min(self.width, self.codebook_size - 1, self.codebook_dim, self.encoder_blocks, self.decoder_blocks) < 1:
+            raise ValueError(
+                "width, codebook_dim, encoder_blocks and decoder_blocks must be 1 or more and codebook_size 2 or more"
+            )
+
+    def _check_codebooks(self) -> None:
         if min(self.fsq_levels or [3]) < 3:
             raise ValueError(f"fsq_levels={self.fsq_levels} has a level below 3: every level must be 3 or more")
+        if self.quantizer in ("lfq", "bsq") and self.codebook_size != 1 << self.codebook_dim:
+            raise ValueError(
+                f"codebook_size={self.codebook_size} is no power of two, which quantizer={self.quantizer} needs: "
+                f"use {1 << self.codebook_dim} or {2 << self.codebook_dim}"
+            )
+        if self.num_codebooks < 1 or (self.num_codebooks > 1 and self.quantizer not in RESIDUAL_QUANTIZERS):
+            raise ValueError(
+                f"num_codebooks={self.num_codebooks} does not go with quantizer={self.quantizer}: use 1, or more with one of "
+                f"{', '.join(RESIDUAL_QUANTIZERS)}"
+            )
+        if self.is_discrete and (self.codebook_size > MAX_CODEBOOK or self.num_ids >= MAX_IDS):
+            raise ValueError(
+                f"num_codebooks={self.num_codebooks} of codebook_size={self.codebook_size} are too many ids: a codebook may have 2**24, "
+                "all together fewer than 2**62; use several smaller codebooks, or fewer"
+            )
+
+    def _check_weights(self) -> None:
         if not 0 < self.vq_decay < 1:
             raise ValueError(f"vq_decay={self.vq_decay} is not between 0 and 1: 0.99 averages over about 100 steps")
         if not 0 <= self.dead_code_ratio < 1:
             raise ValueError(
                 f"dead_code_ratio={self.dead_code_ratio} is no share below 1 of the expected count: 0.1 is usual, 0 is off"
             )
-        if self.commitment_weight < 0:
-            raise ValueError(f"commitment_weight={self.commitment_weight} is below 0: 0.25 is usual")
-        if min(self.width, self.codebook_size - 1, self.codebook_dim, self.encoder_blocks, self.decoder_blocks) < 1:
-            raise ValueError(
-                "width, codebook_dim, encoder_blocks and decoder_blocks must be 1 or more and codebook_size 2 or more"
-            )
+        for name, usual in {"commitment_weight": 0.25, "entropy_weight": 0.1, "kl_weight": 1e-6}.items():
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is below 0: {usual} is usual")

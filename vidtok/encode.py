@@ -12,6 +12,7 @@ from vidtok.schema import build_options, register_schemas
     "vidtok-encode checkpoint=runs/tok data=files data.root=my_videos output=runs/tokens",
     EncodeOptions,
     register_schemas,
+    {"tokenizer": "pretrained"},
 )
 def main(config: dict[str, Any]) -> None:
     """Run the command."""

@@ -12,14 +12,14 @@ from torch import Tensor
 from vidtok.card import Card
 from vidtok.data import Episode, EpisodeSet, build_episodes
 from vidtok.data.episodes import write_rejects
-from vidtok.folders import copy_folder, load_model, model_folder
-from vidtok.model import VidTokModel
 from vidtok.options import EncodeOptions
+from vidtok.tokenizer import Tokenizer, choose_tokenizer, encode_pieces, encodes_in_pieces, save_tokenizer
 from vidtok.tokens import TokenRow, TokenWriter
 from vidtok.video import to_video
 
-ROW_FRAMES = 1024
-ROW_LATENT_STEPS = 16
+ROW_LATENT_FRAMES = 1024
+# Of a tokenizer that must see a row's frames all at once.
+ROW_LATENT_FRAMES_AT_ONCE = 17
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,21 @@ class Segment:
 def encode_dataset(options: EncodeOptions, data: Mapping[str, Any]) -> Path:
     """Encode a data source into options.output, or go on with the encoding that lies there; gives the folder.
 
-    The tokenizer is copied beside the tokens, so that a model trained on them can be made self-contained. Raises ValueError.
+    The tokenizer is written beside the tokens, so that a model trained on them can be made self-contained. Raises ValueError.
     """
     output = Path(options.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output={output} cannot be a folder, because it is a file: give another output folder")
-    folder = model_folder(options.checkpoint, VidTokModel.config_class.model_type)
-    tokenizer = load_model(VidTokModel, folder)
+    tokenizer = choose_tokenizer(options.checkpoint, options.tokenizer)
     tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
     episodes = build_episodes(data)
-    length, hop = clip_shape(tokenizer.config.stride_t, options)
+    length, hop = clip_shape(tokenizer, options)
     card = _card(tokenizer, episodes, length, hop)
-    segments = list(cut_segments(episodes, tokenizer.config.stride_t, length, hop))
+    segments = list(cut_segments(episodes, card))
     with TokenWriter(output, card, options.rows_per_shard) as writer:
         write_rejects(output / "rejects.csv", episodes.rejects)
-        copy_folder(folder, output / "tokenizer")
+        if not (writer.card.complete and (output / "tokenizer").is_dir()):
+            save_tokenizer(tokenizer, output / "tokenizer")
         if writer.rows_done:
             print(f"{output}: {writer.rows_done} of {len(segments)} rows are there already")
         with Progress(transient=True) as progress:
@@ -66,68 +66,71 @@ def encode_dataset(options: EncodeOptions, data: Mapping[str, Any]) -> Path:
     return output
 
 
-def clip_shape(stride_t: int, options: EncodeOptions) -> tuple[int, int]:
-    """Give the frames of a row, and from one row's start to the next. Raises ValueError for what stride_t cannot encode."""
-    length = options.clip_frames or (ROW_FRAMES if stride_t == 1 else 1 + ROW_LATENT_STEPS * stride_t)
-    hop = options.clip_hop or length
-    if length < 1 or hop < 1 or (length - 1) % stride_t:
+def clip_shape(tokenizer: Tokenizer, options: EncodeOptions) -> tuple[int, int]:
+    """Give the frames of a row, and from one row's start to the next. Raises ValueError for what the tokenizer cannot encode."""
+    latent_frames = ROW_LATENT_FRAMES if encodes_in_pieces(tokenizer) else ROW_LATENT_FRAMES_AT_ONCE
+    length = options.clip_frames or tokenizer.first_frames + (latent_frames - 1) * tokenizer.stride_t
+    whole = sorted({*tokenizer.valid_frames(length)})
+    if length not in whole:
         raise ValueError(
-            f"clip_frames={length} and clip_hop={hop} do not fit stride_t={stride_t}: use 1 + k * {stride_t} frames, hop 1 or more"
+            f"clip_frames={length} does not fit a tokenizer of stride_t={tokenizer.stride_t} whose first latent frame stands for "
+            f"{tokenizer.first_frames}: use {' or '.join(map(str, whole))} frames"
         )
-    return length, hop
+    return length, options.clip_hop or length
 
 
-def cut_segments(episodes: EpisodeSet, stride_t: int, length: int, hop: int) -> Iterator[Segment]:
-    """Cut every episode into rows of 1 + k * stride_t frames; what is left at its end, too short for a step of time, is dropped."""
+def cut_segments(episodes: EpisodeSet, card: Card) -> Iterator[Segment]:
+    """Cut every episode into rows of whole latent frames; what is left at its end, too short for a step of time, is dropped."""
     for episode in episodes.episodes:
-        for first in range(0, len(episode.frames), hop):
-            frames = min(length, len(episode.frames) - first)
-            frames = 1 + (frames - 1) // stride_t * stride_t
-            # A row needs two latent frames: one alone has nothing to predict.
-            if frames > stride_t and (first == 0 or frames > 1):
-                yield Segment(episode, first, frames)
+        for first in range(0, len(episode.frames), card.clip_hop):
+            latent_frames = card.latent_frames_in(min(card.clip_frames, len(episode.frames) - first))
+            # One latent frame alone has nothing to predict.
+            if latent_frames > 1:
+                yield Segment(episode, first, card.frames_of(latent_frames))
 
 
-def _row(tokenizer: VidTokModel, segment: Segment, batch_frames: int) -> TokenRow:
-    stride_t, episode = tokenizer.config.stride_t, segment.episode
-    step = batch_frames if stride_t == 1 else segment.frames
-    parts: list[Tensor] = []
-    for at in range(segment.first, segment.first + segment.frames, step):
-        end = min(at + step, segment.first + segment.frames)
-        video = to_video(episode.frames[at:end])[None].to(tokenizer.device)
-        parts.append(tokenizer.encode(video)[0].cpu())
-    actions = (
-        None if episode.actions is None else torch.as_tensor(episode.actions[segment.first : segment.first + segment.frames])
-    )
+def _row(tokenizer: Tokenizer, segment: Segment, batch_frames: int) -> TokenRow:
+    episode, end = segment.episode, segment.first + segment.frames
+
+    def pieces() -> Iterator[Tensor]:
+        for at in range(segment.first, end, batch_frames):
+            yield to_video(episode.frames[at : min(at + batch_frames, end)])[None].to(tokenizer.device)
+
+    actions = None if episode.actions is None else torch.as_tensor(episode.actions[segment.first : end])
     return TokenRow(
         source=episode.source,
         start=episode.start + segment.first / episode.fps,
         split=episode.split,
         frames=segment.frames,
-        indices=torch.cat(parts),
-        actions=actions if stride_t == 1 else None,
+        indices=encode_pieces(tokenizer, pieces())[0].cpu(),
+        actions=actions if tokenizer.stride_t == 1 else None,
     )
 
 
-def _card(tokenizer: VidTokModel, episodes: EpisodeSet, length: int, hop: int) -> Card:
-    config = tokenizer.config
-    height, width, stride = episodes.height, episodes.width, config.stride_s
-    if height % stride or width % stride:
-        raise ValueError(
-            f"frames of {height}x{width} are no multiple of the tokenizer's stride_s={stride}: set data.size to a multiple"
+def _card(tokenizer: Tokenizer, episodes: EpisodeSet, length: int, hop: int) -> Card:
+    if tokenizer.codebook_size < 1:
+        raise ValueError("this tokenizer has continuous latents and no ids: give one with a codebook, such as quantizer=fsq")
+    height, width, stride = episodes.height, episodes.width, tokenizer.stride_s
+    _, h, w = tokenizer.grid_for(tokenizer.first_frames, height, width)
+    if (h * stride, w * stride) != (height, width):
+        print(
+            f"frames of {width}x{height} are padded to {w * stride}x{h * stride}, which tokens of {stride}x{stride} pixels need"
         )
     return Card(
         tokenizer_fingerprint=tokenizer.fingerprint(),
-        codebook_size=config.codebook_size,
-        grid_height=height // stride,
-        grid_width=width // stride,
-        stride_t=config.stride_t,
+        encoder_fingerprint=tokenizer.encoder_fingerprint(),
+        codebook_size=tokenizer.codebook_size,
+        codebook_factors=tokenizer.codebook_factors,
+        grid_height=h,
+        grid_width=w,
+        first_frames=tokenizer.first_frames,
+        stride_t=tokenizer.stride_t,
         stride_s=stride,
         fps=episodes.fps,
         frame_height=height,
         frame_width=width,
         # An action belongs to one frame; where a token spans several there is no single one.
-        num_actions=episodes.num_actions if config.stride_t == 1 else 0,
+        num_actions=episodes.num_actions if tokenizer.stride_t == 1 else 0,
         data_name=episodes.name,
         manifest_hash=episodes.manifest_hash,
         clip_frames=length,

@@ -75,10 +75,10 @@ def save_model(model: PreTrainedModel, path: str | Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy the JSON and safetensors files of a model folder, nothing else."""
+    """Copy the JSON, safetensors and TorchScript files of a model folder, nothing else; none of them is opened."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        if file.suffix in (".json", ".safetensors"):
+        if file.suffix in (".json", ".safetensors", ".jit"):
             shutil.copyfile(file, target / file.name)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
+
+from vidtok.digits import MAX_CODEBOOK, unpack_digits
 
 PSNR_CAP_DB = 100.0
 SSIM_WINDOW = 11
@@ -128,47 +131,94 @@ class FrameMeter:
         return float(self.sums.sum() / self.counts.sum())
 
 
-class CodeMeter:
-    """Count which codebook entries are used over any number of batches."""
+def code_figures(counts: Tensor) -> dict[str, float]:
+    """Give how a codebook is used, from how often each of its entries was seen, under keys that name the unit.
 
-    def __init__(self, codebook_size: int) -> None:
-        if codebook_size < 1:
-            raise ValueError(f"got codebook_size {codebook_size}; it must be at least 1: pass the tokenizer's codebook size")
-        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
+    Perplexity is the effective number of entries in use, exp(entropy): 1 .. codebook size; 0 where nothing was seen.
+    """
+    size, used = len(counts), int((counts > 0).sum())
+    perplexity = math.exp(_entropy_nats(counts)) if used else 0.0
+    return {
+        "size_codes": size,
+        "used_codes": used,
+        "used_fraction": used / size,
+        "dead_codes": size - used,
+        "perplexity_codes": perplexity,
+    }
+
+
+def _entropy_nats(counts: Tensor) -> float:
+    seen = counts[counts > 0].double()
+    shares = seen / seen.sum()
+    return float((shares * -shares.log()).sum())
+
+
+class CodeMeter:
+    """Count which codebook entries are used over any number of batches.
+
+    codebooks: the size of one codebook, or the codebook_factors of several, each of which is counted by itself.
+    Raises ValueError on a size below 1, and on one too large to count.
+    """
+
+    def __init__(self, codebooks: int | Sequence[int]) -> None:
+        self.factors = [codebooks] if isinstance(codebooks, int) else list(codebooks)
+        if not self.factors or min(self.factors) < 1 or max(self.factors) > MAX_CODEBOOK:
+            raise ValueError(
+                f"got codebook sizes {self.factors}; each must be at least 1 and at most 2**24: "
+                "pass the tokenizer's codebook_factors"
+            )
+        self.digit_counts = [torch.zeros(factor, dtype=torch.int64) for factor in self.factors]
+
+    @property
+    def counts(self) -> Tensor:
+        """Give how often each entry was seen; of several codebooks one after the other."""
+        return torch.cat(self.digit_counts)
 
     def update(self, indices: Tensor) -> None:
-        """Add integer indices of any shape; raises ValueError on one outside [0, codebook_size)."""
+        """Add integer ids of any shape; raises ValueError on one outside the codebooks."""
         flat = indices.detach().reshape(-1).cpu().long()
-        if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < len(self.counts):
+        if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < math.prod(self.factors):
             raise ValueError(
-                f"got indices from {int(flat.min())} to {int(flat.max())}; the codebook has 0 to {len(self.counts) - 1}: "
+                f"got indices from {int(flat.min())} to {int(flat.max())}; the codebook has 0 to {math.prod(self.factors) - 1}: "
                 "use the codebook size of the tokenizer that wrote them"
             )
-        self.counts += torch.bincount(flat, minlength=len(self.counts))
+        for counts, digits in zip(self.digit_counts, unpack_digits(flat, self.factors).unbind(-1), strict=True):
+            counts += torch.bincount(digits, minlength=len(counts))
 
     def used(self) -> int:
-        """Count the entries seen at least once."""
+        """Count the entries seen at least once, in all codebooks."""
         return int((self.counts > 0).sum())
 
     def dead(self) -> int:
-        """Count the entries never seen."""
-        return len(self.counts) - self.used()
+        """Count the entries never seen, in all codebooks."""
+        return sum(self.factors) - self.used()
 
     def perplexity(self) -> float:
-        """Give the effective number of entries in use, exp(entropy): 1 .. codebook_size; 0 before the first update."""
-        total = int(self.counts.sum())
-        if not total:
-            return 0.0
-        shares = self.counts[self.counts > 0].double() / total
-        return float(torch.exp(-(shares * shares.log()).sum()))
+        """Give the effective number of entries in use, exp(entropy), of several codebooks the geometric mean; 0 before the first update."""
+        figures = [code_figures(counts)["perplexity_codes"] for counts in self.digit_counts]
+        return math.prod(figures) ** (1 / len(figures))
+
+    def entropy_bits(self) -> float:
+        """Give the entropy of a token in bits; of several codebooks the sum, which the joint entropy cannot exceed."""
+        return sum(_entropy_nats(counts) for counts in self.digit_counts) / math.log(2)
 
     def summary(self) -> dict[str, float]:
-        """Give every figure under a key that names its unit, ready for metrics.json."""
-        return {
-            "codes_seen_tokens": int(self.counts.sum()),
-            "codebook_size_codes": len(self.counts),
+        """Give every figure under a key that names its unit, ready for metrics.json.
+
+        Entries of several codebooks are counted together, and then codebook by codebook with its number at the end of the key.
+        raw_bits_per_token: what an id takes; entropy_bits_per_token: what a coder that knows the counts alone would take.
+        """
+        figures = {
+            "codes_seen_tokens": int(self.digit_counts[0].sum()),
+            "codebook_size_codes": sum(self.factors),
             "codebook_used_codes": self.used(),
-            "codebook_used_fraction": self.used() / len(self.counts),
+            "codebook_used_fraction": self.used() / sum(self.factors),
             "codebook_dead_codes": self.dead(),
             "codebook_perplexity_codes": self.perplexity(),
+            "raw_bits_per_token": math.log2(math.prod(self.factors)),
+            "entropy_bits_per_token": self.entropy_bits(),
         }
+        if len(self.factors) > 1:
+            for number, counts in enumerate(self.digit_counts):
+                figures |= {f"codebook_{key}_{number}": value for key, value in code_figures(counts).items()}
+        return figures

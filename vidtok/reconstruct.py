@@ -4,10 +4,16 @@ from typing import Any
 
 from vidtok.cli import entry
 from vidtok.options import ReconstructOptions
-from vidtok.schema import build_options
+from vidtok.schema import build_options, register_pretrained
 
 
-@entry("vidtok_reconstruct", "vidtok-reconstruct checkpoint=runs/tok input=clip.mp4 output=out", ReconstructOptions)
+@entry(
+    "vidtok_reconstruct",
+    "vidtok-reconstruct checkpoint=runs/tok input=clip.mp4 output=out",
+    ReconstructOptions,
+    register_pretrained,
+    {"tokenizer": "pretrained"},
+)
 def main(config: dict[str, Any]) -> None:
     """Run the command."""
     from vidtok.reconstruction import reconstruct_file

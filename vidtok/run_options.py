@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+OPTIMIZERS = ("adamw", "muon")
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -14,6 +16,7 @@ class RunOptions:
 
     One optimizer step sees batch_size * gradient_accumulation * processes clips. ema_decay 0 switches averaging off.
     max_steps and max_minutes together: the schedule is planned for whichever ends first, at step 25 and for good.
+    optimizer: adamw, or muon for the inner matrices and adamw for the rest.
     precision: auto (bf16 where the device computes it fast, else fp32), fp32 or bf16. num_workers null: 0 on CPU, else 2.
     """
 
@@ -23,6 +26,7 @@ class RunOptions:
     max_minutes: float | None = None
     batch_size: int = 8
     gradient_accumulation: int = 1
+    optimizer: str = "adamw"
     lr: float = 3e-4
     warmup_steps: int = 100
     min_lr_ratio: float = 0.1
@@ -54,6 +58,8 @@ def check_options(options: RunOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} is not allowed: give a whole number of at least 1.")
+    if options.optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={options.optimizer!r} is not one of {', '.join(OPTIMIZERS)}: choose one of these.")
     for name in ("lr", "max_minutes", "clip_norm"):
         value = getattr(options, name)
         # clip_norm=.inf is how clipping is switched off.

@@ -15,10 +15,9 @@ import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from accelerate import Accelerator
@@ -27,16 +26,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from vidtok import checkpoints
-from vidtok.checkpoints import TrainedPart, TrainState
-from vidtok.clock import ALL_STEPS, SIGNALLED, TIME_IS_UP, RunClock, renew_plan
-from vidtok.interrupts import Interrupts
-from vidtok.optimizer import WeightAverage, build_optimizer, describe
-from vidtok.processes import from_main, has_fast_bf16, on_main
-from vidtok.progress import TrainingProgress
-from vidtok.run_folder import RunFolder, Value
+from vidtok.run import checkpoints
+from vidtok.run.checkpoints import TrainState
+from vidtok.run.clock import ALL_STEPS, SIGNALLED, TIME_IS_UP, RunClock, renew_plan
+from vidtok.run.failure import TrainingError, describe_step, explain, write_failure
+from vidtok.run.interrupts import Interrupts
+from vidtok.run.optimizer import build_optimizer, describe
+from vidtok.run.parts import TrainedPart, evaluating, ready_to_train
+from vidtok.run.processes import from_all, from_main, has_fast_bf16, on_main
+from vidtok.run.progress import TrainingProgress
+from vidtok.run.run_folder import RunFolder, Value, open_run
+from vidtok.run.sampler import StepLoader, seed_everything, spread
 from vidtok.run_options import RunOptions, check_options
-from vidtok.sampler import StepSampler, build_loader, seed_everything, spread
 
 __all__ = ["ComputeLoss", "Evaluate", "RunOptions", "Runner", "Save", "TrainingError", "build_optimizer"]
 
@@ -45,31 +46,19 @@ Evaluate = Callable[[], Mapping[str, float]]
 Save = Callable[[Path], None]
 
 
-class TrainingError(ValueError):
-    """Say that training cannot go on (a loss, gradient or evaluation is not finite); the last checkpoint is untouched."""
-
-
 class Runner:
     """Own one run: its folder, device and clock. Every random draw of step s follows from (seed, s, rank).
 
-    best: the key of `evaluate`'s result that picks model/; the lowest value wins unless best_is_lowest is false.
+    best: the key of `evaluate`'s result that picks model/: the lowest value wins.
     Build the model after the Runner, whose seed its first weights then follow. Raises ValueError for impossible options, a folder
     in use, or a folder of another configuration.
     """
 
-    def __init__(
-        self,
-        options: RunOptions,
-        config: Mapping[str, Any],
-        name: str,
-        *,
-        best: str = "validation_loss",
-        best_is_lowest: bool = True,
-    ) -> None:
+    def __init__(self, options: RunOptions, config: Mapping[str, Any], name: str, *, best: str = "validation_loss") -> None:
         check_options(options)
         self.options = options
         self.path = Path(options.run_dir)
-        self._best_key, self._best_is_lowest = best, best_is_lowest
+        self._best_key = best
         has_tensorboard = importlib.util.find_spec("tensorboard") is not None
         # Precision is ours (see autocast): Accelerate would rewrite the model's forward and fix one precision for the process.
         self._accelerator = Accelerator(
@@ -81,7 +70,8 @@ class Runner:
         self._progress = TrainingProgress(name, self._accelerator.is_main_process)
         self._interrupts = Interrupts()
         self._parts: dict[str, TrainedPart] = {}
-        self._rate_shares: dict[str, list[float]] = {}
+        self._due: list[TrainedPart] = []
+        self._describe_clips: Callable[[int], list[str]] = lambda step: []
         self._current, self._exit_status = 1, 0
         self._clips = options.batch_size * options.gradient_accumulation * self._accelerator.num_processes
         self._folder: RunFolder | None = None
@@ -130,49 +120,45 @@ class Runner:
         """Tell whether an earlier start has done all steps or used up the minutes; `steps` then says so and gives nothing."""
         return self._clock.is_finished
 
+    @property
+    def is_resumed(self) -> bool:
+        """Tell whether `steps` goes on from a checkpoint, from which the weights then come."""
+        return self._resume_from is not None
+
     def say(self, text: str) -> None:
         """Print one line, once for all processes."""
         self._progress.say(text)
 
     def check_data(self, name: str, fingerprint: str) -> None:
         """Keep the fingerprint of the data called `name`; raises ValueError when an earlier start trained on other data."""
-        kept = self.first_value(f"data {name}", fingerprint)
-        if kept != fingerprint:
-            raise ValueError(
-                f"{self.path} was trained on {name} with fingerprint {kept}, but now they have {fingerprint}: "
-                "give back the old ones, or another run_dir."
-            )
+        on_main(lambda: None if self._folder is None else self._folder.check_data(name, fingerprint))
 
     def first_value(self, name: str, value: Value) -> Value:
         """Give what the run's first start gave under this name, in every process; before the first checkpoint, what the last one gave."""
         return on_main(lambda: value if self._folder is None else self._folder.first_value(name, value))
 
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """Give (step, value) of every figure logged under this name, over all starts; in the main process, else nothing."""
+        return [] if self._folder is None else self._folder.curve(name)
+
     def report(self, model: nn.Module, optimizer: Optimizer, memory_bytes: int | None = None) -> None:
         """Print parameters, untrained tensors, the caller's memory estimate, and how the run steps."""
-        horizon = self._clock.horizon
-        steps = [step for step in (1, 10, 100) if horizon is None or step <= horizon]
-        rates = ", ".join(f"{self._clock.learning_rate(step):.2e} at step {step}" for step in steps)
         devices = f"{self._accelerator.num_processes} x {self.device.type}, {'bf16' if self._uses_bf16 else 'fp32'}"
         lines = describe(self.unwrap(model), optimizer, memory_bytes)
-        self.say("\n".join([*lines, f"{devices}, {self._clips} clips a step, lr {rates}"]))
+        self.say("\n".join([*lines, f"{devices}, {self._clips} clips a step, lr {self._clock.describe_rates()}"]))
 
     def prepare(self, model: nn.Module, optimizer: Optimizer, name: str = "model") -> tuple[nn.Module, Optimizer]:
         """Put a model and its optimizer on the device, in every process; they belong to the checkpoints under `name`.
 
-        Weights are averaged (ema_decay) for the part called "model" only. A second part (a discriminator) is a second call.
+        Only the part called "model" is averaged (ema_decay), compiled and checkpointed (gradient_checkpointing). A second part
+        (a discriminator) is a second call.
         """
-        if self.options.gradient_checkpointing:
-            # Every PreTrainedModel has the method; without this flag it raises an error that is not ours.
-            if not getattr(model, "supports_gradient_checkpointing", False):
-                raise ValueError(f"{type(model).__name__} cannot recompute activations: set gradient_checkpointing=false.")
-            model.gradient_checkpointing_enable()  # type: ignore[operator]
-        if self.options.compile:
-            model.compile()  # in place, so that no key of the state dict is renamed
+        is_main = name == "model"
+        if is_main:
+            ready_to_train(model, self.options)
         model.train()
-        self._rate_shares[name] = [group["lr"] / self.options.lr for group in optimizer.param_groups]
         wrapped, prepared = self._accelerator.prepare(model, optimizer)
-        average = WeightAverage(model, self.options.ema_decay) if self.options.ema_decay > 0 and name == "model" else None
-        self._parts[name] = TrainedPart(name, model, prepared, average)
+        self._parts[name] = TrainedPart(name, model, prepared, self.options.lr, self.options.ema_decay if is_main else 0.0)
         return wrapped, prepared
 
     def unwrap(self, model: nn.Module) -> nn.Module:
@@ -196,15 +182,18 @@ class Runner:
             self.say(f"{self.path} is finished, at step {self.step}: raise max_steps or max_minutes to train on.")
             return
         if self._resume_from is not None:
-            for part in self._parts.values():
-                part.load(self._resume_from)
+            checkpoints.load_parts(self._resume_from, self._parts)
             self.say(f"Resuming {self.path} after step {self.step}.")
         self._interrupts.catch()
-        loader = iter(self._loader(dataset))
+        loader = StepLoader(dataset, self.options, self.device, self._accelerator.process_index, self._accelerator.num_processes)
+        self._describe_clips = loader.describe
+        batches_of_steps = loader.after(self.step, self._clock.horizon)
         self._clock.start()
         while not self._exit_status:
             self._current = self.step + 1
-            batches = [send_to_device(next(loader), self.device) for _ in range(self.options.gradient_accumulation)]
+            batches = send_to_device(next(batches_of_steps), self.device)
+            for part in self._parts.values():
+                part.keep_buffers()
             self.seed_step(self._current)
             yield self._current, batches
             assert self.step == self._current, "after_step was not called"
@@ -216,10 +205,18 @@ class Runner:
     def update(
         self, model: nn.Module, optimizer: Optimizer, batches: Sequence[Any], compute_loss: ComputeLoss
     ) -> dict[str, Tensor]:
-        """Make one optimizer step over the micro batches: accumulate, clip, set the rate, step, average the weights.
+        """Make one optimizer step over the micro batches: `accumulate`, then `apply`."""
+        logs = self.accumulate(model, optimizer, batches, compute_loss)
+        self.apply()
+        return logs
+
+    def accumulate(
+        self, model: nn.Module, optimizer: Optimizer, batches: Sequence[Any], compute_loss: ComputeLoss
+    ) -> dict[str, Tensor]:
+        """Leave the clipped gradient of the mean loss over the micro batches in the parameters; weights change in `apply`.
 
         compute_loss(model, batch) gives a scalar loss and scalars to log. Gives their means over the micro batches, with loss,
-        gradient_norm and lr. Raises TrainingError, before any weight changes, when loss or gradient is not finite.
+        gradient_norm and lr. Raises TrainingError when loss or gradient is not finite; the step before is then saved.
         """
         optimizer.zero_grad(set_to_none=True)
         logs: dict[str, Tensor] = {}
@@ -231,18 +228,21 @@ class Runner:
             for key, value in {**extra, "loss": loss}.items():
                 share = torch.as_tensor(value, device=self.device).detach() / len(batches)
                 logs[key] = logs[key] + share if key in logs else share
-        norm = self._accelerator.clip_grad_norm_(model.parameters(), self.options.clip_norm)
-        logs["gradient_norm"] = torch.as_tensor(norm, device=self.device).detach()
-        logs["loss"] = self._accelerator.reduce(logs["loss"], "mean")
-        rate = self._clock.learning_rate(self._current)
-        self._check_finite(float(logs["loss"]), float(logs["gradient_norm"]), rate)
         part = next(part for part in self._parts.values() if part.model is self.unwrap(model))
-        for group, rate_share in zip(optimizer.param_groups, self._rate_shares[part.name], strict=True):
-            group["lr"] = rate * rate_share
-        optimizer.step()
-        if part.average is not None:
-            part.average.update(part.model, self._current)
-        return logs | {"lr": torch.tensor(rate, dtype=torch.float64)}
+        logs["gradient_norm"] = part.gradient_norm()
+        mean_loss = self._accelerator.reduce(logs["loss"], "mean")
+        if not (math.isfinite(float(mean_loss)) and math.isfinite(float(logs["gradient_norm"]))):
+            self._stop_before_step(part, logs)
+        part.clip_gradient(logs["gradient_norm"], self.options.clip_norm)
+        self._due.append(part)
+        rate = part.rate(self._clock.learning_rate(self._current))
+        return logs | {"loss": mean_loss, "lr": torch.tensor(rate, dtype=torch.float64)}
+
+    def apply(self) -> None:
+        """Step every part that has accumulated a gradient since the last call, and average its weights."""
+        for part in self._due:
+            part.step(self._current, self._clock.learning_rate(self._current))
+        self._due.clear()
 
     def after_step(self, step: int, logs: Mapping[str, Any], evaluate: Evaluate | None = None, save: Save | None = None) -> None:
         """Log, and where the step is due evaluate, save model/ and write a checkpoint; decides whether the run ends.
@@ -272,13 +272,9 @@ class Runner:
             status = ALL_STEPS if self._clock.is_finished else status
         self._exit_status = status
 
-    @contextmanager
-    def evaluation_weights(self) -> Iterator[None]:
+    def evaluation_weights(self) -> AbstractContextManager[None]:
         """Put every model in eval mode, with averaged weights where averaging is on; all is as before afterwards."""
-        with ExitStack() as stack:
-            for part in self._parts.values():
-                stack.enter_context(part.evaluating())
-            yield
+        return evaluating(self._parts.values())
 
     def evaluation_batches(self, dataset: Dataset[Any], max_items: int) -> Iterator[Any]:
         """Give batches on the device of at most max_items items, spread evenly over the data set, always the same ones."""
@@ -286,43 +282,22 @@ class Runner:
             yield send_to_device(batch, self.device)
 
     def _open(self, config: Mapping[str, Any], name: str) -> tuple[TrainState, Path | None]:
-        self._folder = RunFolder(self.path, config, name)
-        checkpoint = checkpoints.newest_checkpoint(self._folder.checkpoints)
-        try:
-            state = TrainState() if checkpoint is None else checkpoints.read_state(checkpoint)
-        except ValueError:
-            self._folder.close()
-            raise
-        self._folder.drop_metrics_after(state.step)
-        state = replace(state, config=self._folder.config, plan=self._folder.read_plan() or state.plan)
+        self._folder, state, checkpoint = open_run(self.path, config, name)
         if renew_plan(self.options, state):
             self._folder.write_plan(state.plan)
         return state, checkpoint
 
-    def _loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
-        options, horizon = self.options, self._clock.horizon
-        sampler = StepSampler(
-            num_items=len(dataset),  # type: ignore[arg-type]
-            batch_size=options.batch_size,
-            seed=options.seed,
-            start_step=self.step * options.gradient_accumulation,
-            num_steps=None if horizon is None else (horizon - self.step) * options.gradient_accumulation,
-            rank=self._accelerator.process_index,
-            world_size=self._accelerator.num_processes,
-        )
-        automatic = 0 if self.device.type == "cpu" else 2
-        num_workers = automatic if options.num_workers is None else options.num_workers
-        return build_loader(dataset, sampler, num_workers=num_workers, pin_memory=self.device.type == "cuda")
-
-    def _check_finite(self, loss: float, gradient_norm: float, rate: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-            raise TrainingError(
-                f"Training stopped at step {self._current}: loss {loss:.4g}, gradient norm {gradient_norm:.4g}, lr {rate:.2e}; "
-                f"{self._newest()}. Try a lower lr, a longer warmup_steps or precision=fp32, in a new run_dir."
-            )
-
-    def _newest(self) -> str:
-        return checkpoints.describe_newest(self.path / "checkpoints")
+    def _stop_before_step(self, part: TrainedPart, logs: Mapping[str, Tensor]) -> NoReturn:
+        """Save the last good step, to which no weight was changed since, and raise TrainingError."""
+        rate = part.rate(self._clock.learning_rate(self._current))
+        failures = from_all(describe_step(part, self._current, rate, logs, self._describe_clips(self._current)))
+        for changed in self._parts.values():
+            changed.restore_buffers()
+        # A checkpoint of step 0 would only bind the folder to a configuration that fails.
+        if self.step:
+            self._save_checkpoint()
+        on_main(lambda: write_failure(self.path, failures))
+        raise TrainingError(explain(failures, self.path))
 
     def _log_step(self, step: int, logs: Mapping[str, Any]) -> None:
         seconds = self._clock.step_seconds
@@ -345,11 +320,12 @@ class Runner:
             raise ValueError(f"evaluate gave {sorted(values)}, without {self._best_key!r}, which picks the best model.")
         value, best = values[self._best_key], self._state.best
         if math.isnan(value):
-            raise TrainingError(f"Training stopped at step {step}: {self._best_key} is not a number; {self._newest()}.")
+            newest = checkpoints.describe_newest(self.path / "checkpoints")
+            raise TrainingError(f"Training stopped at step {step}: {self._best_key} is not a number; {newest}.")
         self._write(values)
         self.say(f"step {step}: " + ", ".join(f"{key} {number:.4g}" for key, number in values.items()))
         # An infinite value (a codebook that is still empty) is no model to keep, not even the first one.
-        if math.isfinite(value) and (best is None or (value < best if self._best_is_lowest else value > best)):
+        if math.isfinite(value) and (best is None or value < best):
             if save is not None:
                 self._save_model(save)
             self._state.best, self._state.best_step = value, step

@@ -51,8 +51,17 @@ def register_schemas() -> None:
     from vidtok.data.options import AtariOptions, DigitsOptions, FilesOptions
 
     store_schema("tokenizer", "schema", model_schema(VidTokConfig))
+    register_pretrained()
     for options in (FilesOptions, AtariOptions, DigitsOptions):
         store_schema("data", f"schema_{options.name}", options)
+
+
+def register_pretrained() -> None:
+    """Register the schemas of conf/pretrained/: what `tokenizer=` chooses where no tokenizer is trained."""
+    from vidtok.options import CosmosOptions, PretrainedOptions
+
+    store_schema("pretrained", "schema", PretrainedOptions)
+    store_schema("pretrained", "schema_cosmos", CosmosOptions)
 
 
 def build_options(cls: type[Options], values: Mapping[str, Any]) -> Options:

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vidtok.card import CARD_FILE, Card, check_same_tokens
-from vidtok.checkpoints import sync
-from vidtok.run_folder import lock_folder
+from vidtok.run.checkpoints import sync
+from vidtok.run.run_folder import lock_folder
 
 _SHARDS = "shard-*.parquet"
 
@@ -165,11 +165,8 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
             yield self._indices(row, 0, self._lengths[row])[None]
 
     def _num_starts(self, row: int) -> int:
-        if self._lengths[row] < self.window:
-            return 0
-        # With a temporal stride the first latent frame of a row stands for one pixel frame and every later one for several:
-        # a window from the middle would show the model a first frame of a kind that no encoding begins with.
-        return self._lengths[row] - self.window + 1 if self.card.stride_t == 1 else 1
+        # From the middle too, where a first latent frame has a past: one that was encoded afresh looks as if its past had stood still.
+        return max(0, self._lengths[row] - self.window + 1)
 
     def _indices(self, row: int, first: int, last: int) -> Tensor:
         height, width = self.card.grid_height, self.card.grid_width
@@ -319,10 +316,10 @@ def _drop_last_short_shard(folder: Path, rows_per_shard: int) -> None:
 
 def _check_row(row: TokenRow, card: Card) -> None:
     time, *grid = row.indices.shape
-    if row.indices.ndim != 3 or grid != [card.grid_height, card.grid_width] or row.frames != 1 + (time - 1) * card.stride_t:
+    if row.indices.ndim != 3 or grid != [card.grid_height, card.grid_width] or row.frames != card.frames_of(time):
         raise ValueError(
             f"Row {row.source!r}: indices {tuple(row.indices.shape)} for {row.frames} frames do not fit a grid of "
-            f"{card.grid_height}x{card.grid_width} with stride_t={card.stride_t}."
+            f"{card.grid_height}x{card.grid_width} with first_frames={card.first_frames} and stride_t={card.stride_t}."
         )
     _check_values(row.source, "token ids", row.indices, card.codebook_size)
     if (row.actions is None) != (card.num_actions == 0):

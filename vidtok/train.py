@@ -12,6 +12,7 @@ from vidtok.schema import build_options, register_schemas
     "vidtok-train data=files data.root=my_videos run_dir=runs/tok max_minutes=30",
     TrainTokenizerOptions,
     register_schemas,
+    decided_by={"tokenizer": "init_from"},
 )
 def main(config: dict[str, Any]) -> None:
     """Run the command."""

@@ -11,14 +11,18 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from vidtok.adversarial import Adversary
+from vidtok.codebook import CodebookMonitor, check_same_codebook
 from vidtok.config import VidTokConfig
 from vidtok.data import ClipDataset, EpisodeSet, build_episodes
 from vidtok.data.episodes import write_rejects
+from vidtok.finetuning import build_tokenizer, freeze_indices, last_weight
 from vidtok.folders import save_model
 from vidtok.losses import reconstruction_loss
 from vidtok.metrics import CodeMeter, FrameMeter, psnr_by_frame
 from vidtok.model import VidTokModel
-from vidtok.options import TrainTokenizerOptions
+from vidtok.options import LossOptions, TrainTokenizerOptions
+from vidtok.perceptual import Lpips, load_lpips
 from vidtok.runner import Runner, build_optimizer
 from vidtok.video import to_frames, write_png
 
@@ -38,74 +42,145 @@ class GappedClips(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         return self.clips[index]["video"][:, :: self.gap]
 
+    def describe(self, index: int) -> str:
+        """Say where a clip comes from, for an error's sentence."""
+        episode, first = self.clips.locate(index)
+        return f"{episode.source} at {episode.start + first / episode.fps:.2f} s"
+
 
 def train_tokenizer(
     options: TrainTokenizerOptions, data: Mapping[str, Any], tokenizer: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Path:
     """Train a tokenizer into options.run_dir, or continue the run that lies there; gives the run folder.
 
-    data, tokenizer: values of the groups; config: all of it, kept as config.yaml.
+    data, tokenizer: values of the groups, of tokenizer with init_from only those that the user chose; config: all of it, kept as
+    config.yaml.
     """
-    model_config = VidTokConfig(**tokenizer)
-    _check_clip(options, model_config)
+    lpips = _load_lpips(options.loss)
     with Runner(options, config, name="vidtok-train", best="validation_loss") as runner:
+        network = build_tokenizer(runner, options, tokenizer).to(memory_format=torch.channels_last)
+        _check_clip(options, network.config)
         episodes = build_episodes(data)
         runner.check_data("data", episodes.manifest_hash)
-        _check_frame(episodes, model_config)
+        _check_frame(episodes, network.config)
         write_rejects(runner.path / "rejects.csv", episodes.rejects)
         clips = GappedClips(episodes, "train", options.clip_frames, options.frame_gap)
         held_out = _held_out(runner, episodes, options)
-        unquantized_steps = _unquantized_steps(runner, options)
-        model: nn.Module = VidTokModel(model_config).to(memory_format=torch.channels_last)
-        model, optimizer = runner.prepare(model, build_optimizer(model, options))
+        model, optimizer = runner.prepare(network, build_optimizer(network, options))
+        adversary = Adversary(runner, options.gan) if options.gan.weight else None
+        objective = Objective(runner, options, network, lpips, adversary)
         if not runner.is_finished:
-            _report(runner, model, optimizer, episodes, clips, model_config, options)
-
-        def compute_loss(network: nn.Module, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            # A run planned by minutes may be short too; its plan is kept, so a resumed run draws the same line.
-            unquantized = min(unquantized_steps, (runner.planned_steps or 5 * unquantized_steps) // 5)
-            output = network(video, is_quantized=runner.step >= unquantized)
-            reconstruction = reconstruction_loss(output.reconstruction, video, options.loss)
-            return reconstruction + output.quantizer_loss, {
-                "reconstruction_loss": reconstruction,
-                "quantizer_loss": output.quantizer_loss,
-            }
+            _report(runner, network, optimizer, episodes, clips, options)
+            objective.report()
 
         def evaluate() -> dict[str, float]:
-            return evaluate_tokenizer(runner, runner.unwrap(model), held_out, options) if held_out is not None else {}
+            assert held_out is not None
+            figures = evaluate_tokenizer(runner, network, held_out, options, objective.lpips)
+            if adversary is not None and "validation_psnr_db" in figures:
+                adversary.watch(figures["validation_psnr_db"])
+            return figures
 
         for step, batches in runner.steps(clips):
-            logs = runner.update(model, optimizer, batches, compute_loss)
-            runner.after_step(
-                step, logs, evaluate if held_out is not None else None, lambda folder: save_model(runner.unwrap(model), folder)
-            )
+            logs: dict[str, Any] = runner.accumulate(model, optimizer, batches, objective)
+            if adversary is not None:
+                logs |= adversary.accumulate()
+            runner.apply()
+            logs |= objective.codebook_figures(step)
+            runner.after_step(step, logs, None if held_out is None else evaluate, lambda folder: save_model(network, folder))
     return Path(options.run_dir)
+
+
+class Objective:
+    """What the tokenizer minimises: reconstruction, the quantizer's own loss, and what an adversary adds."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        options: TrainTokenizerOptions,
+        network: VidTokModel,
+        lpips: Lpips | None,
+        adversary: Adversary | None,
+    ) -> None:
+        self._runner, self._options, self._network, self._adversary = runner, options, network, adversary
+        self.lpips = None if lpips is None else lpips.to(runner.device)
+        if lpips is not None:
+            runner.check_data("the weights of LPIPS", lpips.checksum)
+        self._unquantized_steps = _unquantized_steps(runner, options)
+        config = network.config
+        self._monitor = CodebookMonitor(config.codebook_factors, quantizer=config.quantizer) if config.is_discrete else None
+        if options.train_only == "decoder":
+            freeze_indices(network)  # prepare has put all of it in training mode
+
+    def __call__(self, model: nn.Module, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Give the loss of clips (B, 3, T, H, W), and its terms."""
+        # A run planned by minutes may be short too; its plan is kept, so a resumed run draws the same line.
+        unquantized = min(self._unquantized_steps, (self._runner.planned_steps or 5 * self._unquantized_steps) // 5)
+        output = model(video, is_quantized=self._runner.step >= unquantized)
+        reconstruction, terms = reconstruction_loss(output.reconstruction, video, self._options.loss, self.lpips)
+        logs = {f"{name}_loss": value for name, value in terms.items()} | {"reconstruction_loss": reconstruction}
+        logs |= {f"quantizer_{name}": value for name, value in (output.quantizer_terms or {}).items()}
+        logs["quantizer_loss"] = output.quantizer_loss
+        loss = reconstruction + output.quantizer_loss
+        if self._adversary is not None:
+            added, more = self._adversary.generator_loss(video, output.reconstruction, reconstruction, last_weight(self._network))
+            loss, logs = loss + added, logs | more
+        if self._monitor is not None and output.indices is not None:
+            self._monitor.update(output.indices)
+        return loss, logs
+
+    def codebook_figures(self, step: int) -> dict[str, float]:
+        """Give how the codebook is used, at steps that are logged; every evaluate_every steps compare processes, and warn."""
+        options = self._options
+        if self._monitor is None:
+            return {}
+        if step % options.evaluate_every == 0:
+            check_same_codebook(self._network.quantizer)
+            warning = self._monitor.warning()
+            if warning is not None:
+                self._runner.say(warning)
+        return self._monitor.figures() if step == 1 or step % options.log_every == 0 else {}
+
+    def report(self) -> None:
+        """Say, before step 1, what is not plain about this training."""
+        if self.lpips is not None:
+            self._runner.say(f"LPIPS: {self.lpips.name} of {self._options.loss.lpips_weights}, SHA-256 {self.lpips.checksum}")
+        if self._options.train_only == "decoder":
+            # A resumed run still has its random weights here.
+            name = self._runner.first_value("encoder", self._network.encoder_fingerprint())
+            self._runner.say(f"only the decoder trains: encoder and codebook stay {name}, and so do the tokens of every clip")
+        if self._adversary is not None:
+            self._runner.say(self._adversary.describe())
 
 
 @torch.no_grad()
 def evaluate_tokenizer(
-    runner: Runner, model: nn.Module, clips: Dataset[Tensor], options: TrainTokenizerOptions
+    runner: Runner, model: VidTokModel, clips: Dataset[Tensor], options: TrainTokenizerOptions, lpips: Lpips | None = None
 ) -> dict[str, float]:
     """Give loss, PSNR and codebook health over held-out clips, and write real over reconstructed frames into samples/.
 
-    The loss is infinite while the codebook is still empty, so that such a model is never the best one.
+    The loss is of the reconstruction alone, and infinite while the codebook is still empty, so that such a model is never the best.
     """
-    assert isinstance(model, VidTokModel)
     if not model.quantizer.is_filled:
         return {"validation_loss": math.inf}
-    losses, codes, frames = [], CodeMeter(model.config.codebook_size), FrameMeter()
-    picture: np.ndarray | None = None
+    codes = CodeMeter(model.codebook_factors) if model.quantizer.is_discrete else None
+    losses: dict[str, list[float]] = {}
+    frames, picture = FrameMeter(), None
     for video in runner.evaluation_batches(clips, options.evaluation_clips):
-        indices = model.encode(video)
-        codes.update(indices.cpu())
-        reconstruction = model.decode(indices)
-        losses.append(float(reconstruction_loss(reconstruction, video, options.loss)))
+        if codes is None:
+            reconstruction = model.reconstruct(video)
+        else:
+            indices = model.encode(video)
+            codes.update(indices)
+            reconstruction = model.decode(indices)
+        loss, terms = reconstruction_loss(reconstruction, video, options.loss, lpips)
+        for name, value in {"": loss, **{f"{name}_": term for name, term in terms.items()}}.items():
+            losses.setdefault(f"validation_{name}loss", []).append(float(value))
         frames.update(psnr_by_frame(reconstruction, video).cpu())
-        if picture is None:
-            picture = _picture(video[0], reconstruction[0])
+        picture = _picture(video[0], reconstruction[0]) if picture is None else picture
     if picture is not None:
         write_png(runner.path / "samples" / f"step_{runner.step:06d}.png", picture)
-    return {"validation_loss": float(np.mean(losses)), "validation_psnr_db": frames.mean(), **codes.summary()}
+    means = {name: float(np.mean(values)) for name, values in losses.items()}
+    return {**means, "validation_psnr_db": frames.mean(), **({} if codes is None else codes.summary())}
 
 
 def _held_out(runner: Runner, episodes: EpisodeSet, options: TrainTokenizerOptions) -> GappedClips | None:
@@ -121,7 +196,9 @@ def _held_out(runner: Runner, episodes: EpisodeSet, options: TrainTokenizerOptio
 
 
 def _unquantized_steps(runner: Runner, options: TrainTokenizerOptions) -> int:
-    """Leave a short run at least four fifths of its steps to train the quantizer."""
+    """Leave a short run at least four fifths of its steps to train the quantizer; one that a tokenizer brought along is trained."""
+    if options.init_from is not None:
+        return 0
     wanted, steps = options.unquantized_steps, options.max_steps
     limit = wanted if steps is None else min(wanted, steps // 5)
     # A run continued for longer must not fall back to unquantised latents: its first limit stays.
@@ -129,6 +206,12 @@ def _unquantized_steps(runner: Runner, options: TrainTokenizerOptions) -> int:
     if limit < wanted and not runner.is_finished:
         runner.say(f"unquantized_steps={wanted} is cut to {limit}, a fifth of max_steps, so that the quantizer is trained too")
     return limit
+
+
+def _load_lpips(options: LossOptions) -> Lpips | None:
+    if options.lpips_weights is None or not options.lpips_weight:
+        return None
+    return load_lpips(options.lpips_weights, options.lpips_heads, options.lpips_sha256)
 
 
 def _picture(video: Tensor, reconstruction: Tensor) -> np.ndarray:
@@ -153,13 +236,13 @@ def _check_frame(episodes: EpisodeSet, config: VidTokConfig) -> None:
 
 def _report(
     runner: Runner,
-    model: nn.Module,
+    model: VidTokModel,
     optimizer: Any,
     episodes: EpisodeSet,
     clips: GappedClips,
-    config: VidTokConfig,
     options: TrainTokenizerOptions,
 ) -> None:
+    config = model.config
     frames = sum(len(episode.frames) for episode in episodes.split("train"))
     grid = (episodes.height // config.stride_s, episodes.width // config.stride_s)
     values = config.width * (episodes.height // config.patch_s) * (episodes.width // config.patch_s)
@@ -170,8 +253,10 @@ def _report(
         f"data: {len(episodes.split('train'))} episodes, {frames} frames of {episodes.height}x{episodes.width} at {episodes.fps:g} fps, "
         f"{len(clips)} clips; held out: {len(episodes.split('validation'))} episodes"
     )
+    kind = "tokens" if config.is_discrete else "latents"
+    sizes = " x ".join(map(str, config.codebook_factors)) or f"none, {model.quantizer.channels_out} numbers"
     runner.say(
-        f"tokens: {grid[0]}x{grid[1]} = {grid[0] * grid[1]} a latent frame, codebook {config.codebook_size} ({config.quantizer}), "
+        f"{kind}: {grid[0]}x{grid[1]} = {grid[0] * grid[1]} a latent frame, codebook {sizes} ({config.quantizer}), "
         f"one latent frame for {config.stride_t} frames"
     )
     runner.report(model, optimizer, memory)

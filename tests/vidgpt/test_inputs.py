@@ -103,3 +103,19 @@ def test_actions_are_read_from_several_formats_and_checked(tmp_path) -> None:
         read_actions(tmp_path / "a.txt", 2)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_actions(tmp_path / "none.npy", 2)
+
+
+def test_a_first_latent_frame_of_several_frames_sets_where_a_context_may_end(numbered) -> None:
+    context = read_context(numbered, card(stride_t=4, first_frames=4), context=11, future=4)
+    assert brightness(context.video) == [12, 13, 14, 15, 16, 17, 18, 19]
+    assert "8 of the 11 asked for (the tokenizer takes 4 + k * 4)" in context.note
+
+
+@pytest.mark.parametrize(("start", "shown", "follows"), [(None, [18, 18, 18, 19], None), (0.4, [10, 10, 10, 11], [12, 13, 14])])
+def test_a_context_below_the_first_latent_frame_repeats_its_first_frame_in_front(numbered, start, shown, follows) -> None:
+    context = read_context(numbered, card(stride_t=4, first_frames=4), context=2, future=3, start=start)
+    assert brightness(context.video) == shown
+    assert follows is None or brightness(context.truth) == follows
+    assert context.first_frame == shown[0]
+    assert f"context is frames {shown[0]}..{shown[-1]} " in context.note
+    assert f"frame {shown[0]} 2 times more in front" in context.note

@@ -1,11 +1,15 @@
+import math
+
 import pytest
 import torch
 
 from vidgpt.layout import IGNORED, TokenLayout
+from vidtok.digits import join_digits, split_digits
 
 LAYOUT = TokenLayout(codebook_size=10, height=2, width=3)
 WITH_ACTIONS = TokenLayout(codebook_size=10, height=2, width=3, num_actions=4)
 ACTIONS = torch.tensor([[0, 3, 1], [2, 2, 0]])
+MODES = [(digits, factors) for digits in ("slots", "parallel") for factors in ([5], [4, 3], [8, 8, 8])]
 
 
 def indices(frames: int = 3) -> torch.Tensor:
@@ -77,3 +81,75 @@ def test_a_special_id_in_a_picture_slot_is_refused_not_clamped() -> None:
         LAYOUT.unflatten(input_ids)
     with pytest.raises(ValueError, match="complete frames"):
         LAYOUT.unflatten(input_ids[:, :-1])
+
+
+def layout_of(digits: str, factors: list[int], num_actions: int = 0) -> TokenLayout:
+    return TokenLayout(math.prod(factors), 2, 3, num_actions, tuple(factors), digits)
+
+
+def random_indices(layout: TokenLayout, batch: int = 2, frames: int = 4, seed: int = 0) -> torch.Tensor:
+    shape = (batch, frames, layout.height, layout.width)
+    return torch.randint(0, layout.codebook_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("digits", "factors"), MODES, ids=str)
+@pytest.mark.parametrize("num_actions", [0, 3])
+def test_ids_of_several_digits_survive_the_way_into_a_sequence_and_back(digits, factors, num_actions) -> None:
+    layout = layout_of(digits, factors, num_actions)
+    actions = torch.tensor([[0, 2, 1, 1], [1, 1, 0, 2]]) if num_actions else None
+    input_ids = layout.flatten(random_indices(layout), actions)
+    slots = 6 * (len(factors) if digits == "slots" else 1)
+    assert input_ids.shape == (2, 4 * (slots + 1))
+    assert torch.equal(layout.unflatten(input_ids), random_indices(layout))
+    labels = layout.labels(input_ids)
+    assert (labels == IGNORED).nonzero()[:, 1].unique().tolist() == [frame * (slots + 1) for frame in range(4)]
+    assert torch.equal(labels[labels != IGNORED], input_ids[labels != IGNORED])
+    specials = input_ids[:, :: slots + 1]
+    assert int(specials.min()) > int(labels.max())
+    assert actions is None or (specials[:, 1:] - layout.separator_id - 1).tolist() == actions[:, 1:].tolist()
+
+
+@pytest.mark.parametrize("factors", [[5], [4, 3], [8, 8, 8], [2, 3, 5, 7], [1 << 20, 1 << 20, 1 << 21]], ids=str)
+def test_digits_are_those_of_the_tokenizer(factors) -> None:
+    layout = layout_of("parallel", factors)
+    indices = random_indices(layout)
+    assert torch.equal(layout.split(indices), split_digits(indices, factors))
+    assert torch.equal(layout.join(layout.split(indices)), join_digits(split_digits(indices, factors), factors))
+    assert torch.equal(layout.unflatten(layout.flatten(indices)), indices)
+
+
+def test_digits_of_a_place_stand_side_by_side_coarsest_first_and_share_its_coordinates() -> None:
+    layout = layout_of("slots", [4, 3])
+    indices = random_indices(layout, frames=2)
+    frame = layout.flatten(indices)[0, 13:]
+    assert frame[0] == layout.separator_id == 8
+    assert frame[1::2].tolist() == (indices[0, 1].flatten() % 4).tolist()
+    assert frame[2::2].tolist() == (4 + indices[0, 1].flatten() // 4).tolist()
+    t, h, w = layout.coordinates(torch.arange(26))
+    assert t.tolist() == [0] * 13 + [1] * 13
+    assert h.tolist() == [0, *[0] * 6, *[1] * 6] * 2
+    assert w.tolist() == [-1, 0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2] * 2
+    assert [layout.positions_of(slot, 1).tolist() for slot in (0, 1)] == [[1, 3, 5, 7, 9, 11], [2, 4, 6, 8, 10, 12]]
+
+
+def test_one_digit_is_laid_out_as_ever_in_both_modes() -> None:
+    plain, *others = TokenLayout(20, 2, 3, 2), layout_of("slots", [20], 2), layout_of("parallel", [20], 2)
+    actions = torch.tensor([[0, 1, 1, 0]] * 2)
+    for layout in others:
+        assert torch.equal(layout.flatten(random_indices(layout), actions), plain.flatten(random_indices(plain), actions))
+        assert (layout.vocab_size, layout.num_logits, layout.bos_id) == (24, 24, 20)
+
+
+def test_ids_in_the_slot_of_another_digit_are_refused() -> None:
+    layout = layout_of("slots", [4, 3])
+    input_ids = layout.flatten(random_indices(layout))
+    input_ids[0, 3] = 5
+    with pytest.raises(ValueError, match="id 5 stands in a slot of digit 0, whose ids are 0 to 3"):
+        layout.unflatten(input_ids)
+    with pytest.raises(ValueError, match="id 12 lies outside the codebook of 12"):
+        layout.flatten(torch.full((1, 1, 2, 3), 12))
+    layout = layout_of("parallel", [4, 3])
+    input_ids = layout.flatten(random_indices(layout))
+    input_ids[0, 3] = layout.separator_id
+    with pytest.raises(ValueError, match="id 13 lies outside the codebook of 12"):
+        layout.unflatten(input_ids)

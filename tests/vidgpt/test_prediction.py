@@ -32,7 +32,8 @@ def checkpoint(tmp_path_factory) -> Path:
         VidGPTForCausalLM(VidGPTConfig(**sizes, window=6, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)), folder
     )
     frame = {"stride_t": 1, "stride_s": 8, "fps": 10.0, "frame_height": 16, "frame_width": 16, "num_actions": 3}
-    Card(tokenizer.fingerprint(), **sizes, **frame, data_name="files", manifest_hash="m").save(folder)
+    names = {"data_name": "files", "manifest_hash": "m", "encoder_fingerprint": tokenizer.encoder_fingerprint()}
+    Card(tokenizer.fingerprint(), **sizes, **frame, **names).save(folder)
     return folder
 
 
@@ -139,7 +140,10 @@ def test_a_clip_of_a_batch_is_predicted_as_it_is_alone(checkpoint: Path) -> None
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"codebook_size": 999}, "codebook_size=999 in its card.json, but its config.json has codebook_size=1000"),
+        (
+            {"codebook_size": 999, "codebook_factors": [999]},
+            "codebook_size=999 in its card.json, but its config.json has codebook_size=1000",
+        ),
         ({"grid_height": 3}, "grid_height=3"),
         ({"grid_width": 3}, "grid_width=3"),
         ({"stride_t": 4}, "stride_t=4 in its card.json, but .*tokenizer has stride_t=1"),
@@ -170,3 +174,20 @@ def test_a_folder_without_a_tokenizer_says_how_to_get_one(checkpoint: Path, tmp_
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
     with pytest.raises(ValueError, match="encode the tokens again with vidtok-encode, which puts the tokenizer beside them"):
         Predictor.from_pretrained(tmp_path)
+
+
+def test_another_decoder_shows_the_same_tokens_and_another_encoder_is_refused(checkpoint: Path, tmp_path) -> None:
+    tuned = VidTokModel.from_pretrained(checkpoint / "tokenizer")
+    with torch.no_grad():
+        tuned.decoder.conv_out.bias.add_(0.1)
+    save_model(tuned, tmp_path / "tuned")
+    own, other = Predictor.from_pretrained(checkpoint), Predictor.from_pretrained(checkpoint, decoder=tmp_path / "tuned")
+    video = torch.rand(1, 3, 2, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    indices = own.encode(video)
+    assert torch.equal(indices, other.encode(video))
+    assert not torch.equal(own.decode(indices), other.decode(indices))
+    with torch.no_grad():
+        tuned.encoder.conv_in.bias.add_(0.1)
+    save_model(tuned, tmp_path / "other")
+    with pytest.raises(ValueError, match="trained from it with train_only=decoder"):
+        Predictor.from_pretrained(checkpoint, decoder=tmp_path / "other")

@@ -23,23 +23,19 @@ from vidgpt.plots import (
     plot_accuracy_by_horizon,
     plot_accuracy_by_position,
     plot_changes_by_horizon,
-    plot_curves,
     plot_losses,
     plot_psnr_by_horizon,
-    spread,
 )
 from vidgpt.report import (
     GIVEN_COLOUR,
     PREDICTED_COLOUR,
     Clip,
-    Figure,
     Report,
-    Table,
-    difference_frames,
-    format_cell,
     strip_image,
     write_report,
 )
+from vidtok.page_parts import Figure, Table, difference_frames, format_cell
+from vidtok.plots import plot_curves, spread
 
 
 def frames(seed: int, count: int = 5, height: int = 6, width: int = 8) -> np.ndarray:

@@ -1,18 +1,25 @@
-"""Rows are cut alike in every start of an encoding, or the folder is refused."""
+"""Rows are cut alike in every start of an encoding, or the folder is refused; none straddles two encodings."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from vidtok import encoding
 from vidtok.card import Card
 from vidtok.config import VidTokConfig
+from vidtok.data import build_episodes
 from vidtok.encoding import encode_dataset
 from vidtok.folders import save_model
 from vidtok.model import VidTokModel
 from vidtok.options import EncodeOptions
+from vidtok.tokenizer import load_tokenizer
+from vidtok.tokens import TokenDataset
+from vidtok.video import to_video
 
 DATA = {"name": "digits", "episodes": 3, "validation_episodes": 1, "frames": 12, "size": 32}
 
@@ -50,3 +57,73 @@ def test_an_encoding_goes_on_with_the_same_rows_only(
     with pytest.raises(ValueError, match=rf"has {message}, but this command has .*: give another output folder"):
         encode(tokenizer, tmp_path, **{"clip_frames": 6, **change})
     assert encode(tokenizer, tmp_path, clip_frames=6, clip_hop=6) == found
+
+
+SMALL = {"width": 8, "encoder_blocks": 1, "decoder_blocks": 1}
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of four frames a latent frame whose layers look back."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("causal")
+    save_model(VidTokModel(VidTokConfig(stride_t=4, **SMALL)), folder)
+    return folder
+
+
+def rows_of(folder: Path, split: str = "train") -> list[torch.Tensor]:
+    return [row[0] for row in TokenDataset(folder, split, 2).rows()]
+
+
+@pytest.mark.parametrize("batch_frames", [1, 5, 64])
+def test_a_whole_episode_is_one_row_encoded_with_the_state_carried_on(causal: Path, tmp_path: Path, batch_frames: int) -> None:
+    card = encode(causal, tmp_path, batch_frames=batch_frames)
+    assert card.clip_frames == card.clip_hop == 1 + 1023 * 4
+    tokenizer, episodes = load_tokenizer(causal), build_episodes(DATA)
+    for row, episode in zip(rows_of(tmp_path), episodes.split("train"), strict=True):
+        # 12 frames: the last 3 are too few for another step of time.
+        assert row.shape == (3, 4, 4)
+        assert torch.equal(row, tokenizer.encode(to_video(episode.frames[0:9])[None])[0])
+
+
+def test_no_row_straddles_two_encodings(causal: Path, tmp_path: Path) -> None:
+    encode(causal, tmp_path, clip_frames=5)
+    tokenizer = load_tokenizer(causal)
+    episode = build_episodes(DATA).split("train")[0]
+    expected = [tokenizer.encode(to_video(episode.frames[at : at + 5])[None])[0] for at in (0, 5)]
+    assert all(torch.equal(row, clip) for row, clip in zip(rows_of(tmp_path), expected, strict=False))
+
+
+def test_frames_that_fit_no_stride_are_padded_with_one_note(
+    causal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "odd.npy", np.random.default_rng(0).integers(0, 256, (9, 20, 30, 3), dtype=np.uint8))
+    data = {"name": "files", "root": str(tmp_path / "odd.npy"), "size": [20, 30], "validation": 0.0}
+    encode_dataset(
+        EncodeOptions(checkpoint=str(causal), output=str(tmp_path / "tokens")), {**data, "cache_dir": str(tmp_path / "c")}
+    )
+    assert "frames of 30x20 are padded to 32x24, which tokens of 8x8 pixels need" in capsys.readouterr().out
+    card = Card.load(tmp_path / "tokens")
+    assert (card.frame_height, card.frame_width, card.grid_height, card.grid_width) == (20, 30, 3, 4)
+    frames = to_video(np.load(tmp_path / "odd.npy"))[None]
+    assert torch.equal(rows_of(tmp_path / "tokens")[0], load_tokenizer(causal).encode(frames)[0])
+
+
+def test_a_tokenizer_that_cannot_carry_its_state_on_gets_short_rows(
+    causal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "encodes_in_pieces", lambda _: False)
+    assert encode(causal, tmp_path).clip_frames == 1 + 16 * 4
+
+
+@pytest.mark.parametrize(("frames", "message"), [(4, "use 1 or 5 frames"), (7, "use 5 or 9 frames")])
+def test_a_row_that_ends_inside_a_latent_frame_is_refused(causal: Path, tmp_path: Path, frames: int, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"clip_frames={frames} does not fit .*{message}"):
+        encode(causal, tmp_path, clip_frames=frames)
+
+
+def test_continuous_latents_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    save_model(VidTokModel(VidTokConfig(stride_t=1, quantizer="kl", **SMALL)), tmp_path / "kl")
+    with pytest.raises(ValueError, match="continuous latents and no ids"):
+        encode(tmp_path / "kl", tmp_path / "tokens")
+    assert not (tmp_path / "tokens").exists()

@@ -45,10 +45,30 @@ def test_the_figures_are_those_of_the_frames(stride_t: int, tmp_path) -> None:
     assert probe(tmp_path / "out" / "side_by_side.mp4").width == 48
 
 
+@pytest.mark.parametrize("stride_t", [1, 4])
 @pytest.mark.parametrize("frames", [1, 2, 4])
-def test_few_frames_at_a_time_change_no_figure(frames: int, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, encode, seen = reconstruct(tmp_path, 1), VidTokModel.encode, []
+def test_few_frames_at_a_time_change_no_figure(frames: int, stride_t: int, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, encode, seen = reconstruct(tmp_path, stride_t), VidTokModel.encode_chunk, []
     monkeypatch.setattr(metrics, "PIXELS_AT_ONCE", frames * 16 * 24)
-    monkeypatch.setattr(VidTokModel, "encode", lambda model, video: seen.append(video.shape[2]) or encode(model, video))
-    assert reconstruct(tmp_path, 1) == pytest.approx(whole, abs=1e-5)
-    assert max(seen) == frames and sum(seen) == 9
+    monkeypatch.setattr(
+        VidTokModel, "encode_chunk", lambda model, video, state: seen.append(video.shape[2]) or encode(model, video, state)
+    )
+    assert reconstruct(tmp_path, stride_t) == pytest.approx(whole, abs=1e-5)
+    assert max(seen) <= max(frames, stride_t) + stride_t - 1 and sum(seen) == 9
+
+
+def test_frames_that_fit_no_stride_are_reconstructed_at_their_size(tmp_path) -> None:
+    odd = FRAMES[:7, :13, :22]
+    save_model(VidTokModel(VidTokConfig(stride_t=4, width=8, encoder_blocks=1, decoder_blocks=1)), tmp_path / "tok")
+    np.save(tmp_path / "odd.npy", odd)
+    options = {"checkpoint": str(tmp_path / "tok"), "input": str(tmp_path / "odd.npy"), "output": str(tmp_path / "out")}
+    assert reconstruct_file(ReconstructOptions(**options))["frames"] == 7
+    assert probe(tmp_path / "out" / "side_by_side.mp4").width == 44
+
+
+def test_a_tokenizer_without_a_codebook_has_no_code_figures(tmp_path) -> None:
+    config = VidTokConfig(stride_t=1, width=8, encoder_blocks=1, decoder_blocks=1, quantizer="kl")
+    save_model(VidTokModel(config), tmp_path / "tok")
+    np.save(tmp_path / "noise.npy", FRAMES)
+    options = {"checkpoint": str(tmp_path / "tok"), "input": str(tmp_path / "noise.npy"), "output": str(tmp_path / "out")}
+    assert set(reconstruct_file(ReconstructOptions(**options))) == {"psnr_db_mean_of_frames", "ssim_mean_of_frames", "frames"}

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from vidtok.checkpoints import newest_checkpoint, read_state
 from vidtok.config import VidTokConfig
 from vidtok.model import VidTokModel
+from vidtok.run.checkpoints import newest_checkpoint, read_state
 from vidtok.run_options import options_from
 from vidtok.runner import Runner, TrainingError, build_optimizer
 
@@ -277,7 +277,7 @@ def test_a_folder_in_use_is_refused_with_the_process_that_uses_it(tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_a_value_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path: Path, kind: str) -> None:
+def test_a_value_that_is_not_finite_stops_the_run_and_saves_the_step_before_it(tmp_path: Path, kind: str) -> None:
     calls = 0
 
     def failing(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
@@ -289,9 +289,53 @@ def test_a_value_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_
         # The square root of an exact zero: the value is fine, its derivative is not.
         return (loss * torch.nan if kind == "loss" else loss + (loss * 0).sqrt()), logs
 
-    with pytest.raises(TrainingError, match=r"stopped at step 5: loss .*lr .*step_000003\. Try a lower lr"):
-        train(settings(tmp_path), loss=failing)
-    assert all(torch.isfinite(value).all() for value in weights_of(tmp_path).values())
+    culprit = (
+        "loss is nan"
+        if kind == "loss"
+        else r"the gradient of down\.weight, down\.bias, norm\.weight, norm\.bias and 2 more is not"
+    )
+    with pytest.raises(TrainingError, match=rf"stopped at step 5: {culprit}.*, lr 8.*step_000004\. Try a lower lr") as caught:
+        train(settings(tmp_path / "run"), loss=failing)
+    assert "\n" not in str(caught.value)
+    train(settings(tmp_path / "whole", max_steps=12, checkpoint_every=4, keep_checkpoints=3))
+    # What the failing forward pass moved (batch norm) is undone: the checkpoint is the one of an undisturbed run.
+    ours, theirs = (load_file(tmp_path / name / "checkpoints/step_000004/model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    train(settings(tmp_path / "run"))
+    ours, theirs = weights_of(tmp_path / "run"), weights_of(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class Named(Points):
+    """Points that tell where they come from."""
+
+    def describe(self, index: int) -> str:
+        return f"film {index} of 20"
+
+
+def test_the_first_term_that_is_not_finite_and_the_clips_are_named(tmp_path: Path) -> None:
+    def failing(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        loss, _ = compute_loss(model, batch)
+        return loss * torch.inf, {"fine": loss, "sharpness": loss * torch.nan, "colour": loss * torch.inf}
+
+    config = settings(tmp_path, gradient_accumulation=3)
+    with Runner(options_from(config), config, "test") as runner:
+        model = Noisy()
+        wrapped, optimizer = runner.prepare(model, build_optimizer(model, options_from(config)))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        for _, batches in runner.steps(Named()):
+            with pytest.raises(
+                TrainingError, match=r"at step 1: sharpness is nan, .* with clip (\d+) \(film \1 of 20\), .* and 8 more"
+            ):
+                runner.update(wrapped, optimizer, batches, failing)
+            break
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    report = json.loads((tmp_path / "failure.json").read_text())[0]
+    assert report["values"]["fine"] > 0 and report["values"]["colour"] == "inf"
+    seen = {tuple(Points().points[int(clip.split()[1])].tolist()) for clip in report["clips"]}
+    assert seen == {tuple(point.tolist()) for batch in batches for point in batch["point"]} and len(report["clips"]) == 12
+    # Nothing is learnt yet: a checkpoint would only tie the folder to this configuration.
+    assert newest_checkpoint(tmp_path / "checkpoints") is None
 
 
 def test_two_micro_batches_equal_one_big_batch(tmp_path: Path) -> None:
@@ -350,7 +394,7 @@ class FakeTime:
 def test_minutes_become_a_plan_that_a_resumed_run_keeps(
     max_steps: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vidtok.clock.time", FakeTime())
+    monkeypatch.setattr("vidtok.run.clock.time", FakeTime())
     config = settings(tmp_path, max_steps=max_steps, max_minutes=0.6, evaluate_every=1000, checkpoint_every=1000)
     train(config, stop_after=30)
     plan = json.loads((tmp_path / "plan.json").read_text())
@@ -366,7 +410,7 @@ def test_minutes_become_a_plan_that_a_resumed_run_keeps(
 
 
 def test_steps_that_fit_into_the_minutes_keep_their_own_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vidtok.clock.time", FakeTime())
+    monkeypatch.setattr("vidtok.run.clock.time", FakeTime())
     train(settings(tmp_path, max_steps=60, max_minutes=60.0, evaluate_every=1000, checkpoint_every=1000))
     rates = [line["lr"] for line in curve(tmp_path) if "lr" in line]
     assert rates[-1] == pytest.approx(0.001) and len(rates) == 60
@@ -375,7 +419,7 @@ def test_steps_that_fit_into_the_minutes_keep_their_own_schedule(tmp_path: Path,
 def test_a_run_whose_minutes_are_up_before_its_steps_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vidtok.clock.time", FakeTime())
+    monkeypatch.setattr("vidtok.run.clock.time", FakeTime())
     config = settings(tmp_path, max_steps=1000, max_minutes=0.05)
     train(config)
     assert "all steps that fit into 0.05 minutes are done, best validation_loss" in capsys.readouterr().out
@@ -399,7 +443,7 @@ class SlowingTime(FakeTime):
 def test_a_machine_that_slows_down_ends_the_run_with_the_minutes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vidtok.clock.time", SlowingTime())
+    monkeypatch.setattr("vidtok.run.clock.time", SlowingTime())
     train(settings(tmp_path, max_steps=None, max_minutes=0.6, evaluate_every=1000, checkpoint_every=1000))
     assert "the 0.6 minutes are used up" in capsys.readouterr().out
 
@@ -409,7 +453,7 @@ def test_minutes_that_measuring_uses_up_end_the_run(
 ) -> None:
     clock = FakeTime()
     clock.monotonic = lambda: setattr(clock, "now", clock.now + 20.0) or clock.now  # type: ignore[method-assign]
-    monkeypatch.setattr("vidtok.clock.time", clock)
+    monkeypatch.setattr("vidtok.run.clock.time", clock)
     train(settings(tmp_path, max_steps=None, max_minutes=0.6))
     said = capsys.readouterr().out
     assert "Finished at step" in said and "h-" not in said and ", -" not in said

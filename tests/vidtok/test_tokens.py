@@ -49,7 +49,7 @@ def make_rows(lengths: tuple[int, ...] = (7, 4, 9, 5, 6), of: Card | None = None
                 source=f"clip-{number}.mp4",
                 start=0.5 * number,
                 split="validation" if number == len(lengths) - 1 else "train",
-                frames=1 + (length - 1) * of.stride_t,
+                frames=of.frames_of(length),
                 indices=torch.randint(of.codebook_size, (length, *GRID), generator=generator),
                 actions=torch.randint(of.num_actions, (length,), generator=generator) if of.num_actions else None,
             )
@@ -115,12 +115,32 @@ def test_the_card_counts_what_was_written(dataset_folder: Path) -> None:
     assert found.begun() == card()
 
 
-def test_with_a_temporal_stride_a_window_begins_where_its_row_begins(tmp_path: Path) -> None:
-    of = card(stride_t=4, num_actions=0)
+@pytest.mark.parametrize("first_frames", [1, 4])
+def test_with_a_temporal_stride_a_window_begins_anywhere_in_its_row(tmp_path: Path, first_frames: int) -> None:
+    of = card(stride_t=4, num_actions=0, first_frames=first_frames)
     dataset = TokenDataset(write(tmp_path, of), "train", window=5)
-    assert len(dataset) == 3
-    assert torch.equal(dataset[1]["indices"], make_rows(of=of)[2].indices[:5])
-    assert torch.equal(dataset[1]["actions"], torch.zeros(5, dtype=torch.int64))
+    assert len(dataset) == 3 + 5 + 1
+    assert torch.equal(dataset[4]["indices"], make_rows(of=of)[2].indices[1:6])
+    assert torch.equal(dataset[4]["actions"], torch.zeros(5, dtype=torch.int64))
+
+
+def test_a_first_latent_frame_of_several_frames_counts_as_such(tmp_path: Path) -> None:
+    of = card(stride_t=4, num_actions=0, first_frames=4)
+    assert Card.load(write(tmp_path / "emu", of)).frames == 4 * 31
+    row = replace(make_rows(of=of)[0], frames=1 + 6 * 4)
+    with TokenWriter(tmp_path / "wrong", of) as writer, pytest.raises(ValueError, match="first_frames=4 and stride_t=4"):
+        writer.add(row)
+
+
+@pytest.mark.parametrize(("codebook_size", "dtype"), [(1 << 16, "uint16"), (1 << 31, "int32"), (1 << 40, "int64")])
+def test_every_id_comes_back_however_large(tmp_path: Path, codebook_size: int, dtype: str) -> None:
+    of = card(codebook_size=codebook_size)
+    rows = make_rows((3,), of)
+    rows[0].indices[0, 0] = codebook_size - 1
+    dataset = TokenDataset(write(tmp_path, of, rows), "validation", window=3)
+    assert torch.equal(dataset[0]["indices"], rows[0].indices)
+    assert str(pq.read_schema(tmp_path / "shard-00000.parquet").field("tokens").type.value_type) == dtype
+    assert json.loads((tmp_path / "card.json").read_text())["value_dtype"] == dtype
 
 
 @pytest.mark.parametrize("rows_before", [0, 1, 2, 3, 4])
@@ -206,7 +226,7 @@ def rewrite_card(folder: Path, **changes: Any) -> None:
 
 def test_ids_outside_the_codebook_are_named_with_their_row(tmp_path: Path) -> None:
     write(tmp_path)
-    rewrite_card(tmp_path, codebook_size=10)
+    rewrite_card(tmp_path, codebook_size=10, codebook_factors=[10])
     dataset = TokenDataset(tmp_path, "validation", 2)
     wrong = next(int(value) for value in make_rows()[4].indices[:2].flatten() if value >= 10)
     message = rf"token id {wrong} in the row of 'clip-4.mp4' does not fit codebook_size=10 \(0 to 9\)"

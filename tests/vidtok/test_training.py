@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +11,23 @@ import numpy as np
 import pytest
 import torch
 
+from vidtok import training
+from vidtok.codebook import CodebookMonitor, codebook_hash
+from vidtok.folders import load_model
 from vidtok.model import VidTokModel
-from vidtok.options import TrainTokenizerOptions
+from vidtok.options import LossOptions, TrainTokenizerOptions
+from vidtok.runner import TrainingError
+from vidtok.train import main
 from vidtok.training import train_tokenizer
 
 TOKENIZER = {"stride_t": 1, "width": 8, "encoder_blocks": 1, "decoder_blocks": 1}
 DIGITS = {"name": "digits", "episodes": 4, "validation_episodes": 1, "frames": 4, "size": 32}
 
 
-def train(folder: Path, data: dict[str, Any] | None = None, **options: Any) -> None:
+def train(folder: Path, data: dict[str, Any] | None = None, tokenizer: dict[str, Any] | None = None, **options: Any) -> None:
     values = {"batch_size": 2, "warmup_steps": 0, "clip_frames": 2, "evaluation_clips": 2, "num_workers": 0, **options}
-    train_tokenizer(TrainTokenizerOptions(run_dir=str(folder), **values), data or DIGITS, TOKENIZER, values)
+    config = {name: value for name, value in values.items() if name != "loss"}
+    train_tokenizer(TrainTokenizerOptions(run_dir=str(folder), **values), data or DIGITS, TOKENIZER | (tokenizer or {}), config)
 
 
 def test_films_that_were_replaced_are_refused_when_a_run_goes_on(tmp_path: Path) -> None:
@@ -69,3 +77,102 @@ def test_negative_unquantized_steps_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unquantized_steps=-1"):
         train(tmp_path, max_steps=5, unquantized_steps=-1)
     assert list(tmp_path.iterdir()) == []
+
+
+def lines_of(folder: Path, key: str) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
+
+
+@pytest.mark.parametrize("quantizer", ["kl", "none"])
+def test_continuous_latents_are_trained_and_evaluated_without_indices(quantizer: str, tmp_path: Path) -> None:
+    train(tmp_path, tokenizer={"quantizer": quantizer, "codebook_dim": 4}, max_steps=4, evaluate_every=2, lr=0.01)
+    evaluations = lines_of(tmp_path, "validation_loss")
+    assert evaluations[1]["validation_loss"] < evaluations[0]["validation_loss"]
+    assert not [key for line in lines_of(tmp_path, "step") for key in line if "codebook" in key]
+    assert not load_model(VidTokModel, tmp_path).quantizer.is_discrete
+
+
+def test_every_term_is_logged_on_its_own(tmp_path: Path) -> None:
+    weights = {"charbonnier_weight": 0.1, "multiscale_weight": 0.2, "gradient_weight": 0.3, "temporal_weight": 0.4}
+    train(tmp_path, max_steps=1, loss=LossOptions(**weights), tokenizer={"quantizer": "vq", "codebook_size": 8})
+    first, evaluated = lines_of(tmp_path, "loss")[0], lines_of(tmp_path, "validation_loss")[0]
+    shares = {"l1": 1.0, "l2": 1.0, **{name.removesuffix("_weight"): weight for name, weight in weights.items()}}
+    total = sum(weight * first[f"{name}_loss"] for name, weight in shares.items())
+    assert first["reconstruction_loss"] == pytest.approx(total)
+    assert first["loss"] == pytest.approx(total + first["quantizer_loss"])
+    assert evaluated["validation_loss"] == pytest.approx(
+        sum(weight * evaluated[f"validation_{name}_loss"] for name, weight in shares.items())
+    )
+
+
+def test_the_codebook_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr(training, "check_same_codebook", lambda quantizer: compared.append(codebook_hash(quantizer)))
+    tokenizer = {"quantizer": "vq", "codebook_size": 8, "codebook_dim": 4}
+    train(tmp_path, tokenizer=tokenizer, max_steps=6, log_every=2, evaluate_every=3, unquantized_steps=1)
+    # Of 2 clips of 2 frames of 4x4 tokens; the first step was not quantised.
+    tokens = {line["step"]: line.get("codebook_window_tokens") for line in lines_of(tmp_path, "loss")}
+    assert tokens == {1: 0, 2: 64, 4: 192, 6: 320}
+    assert len(set(compared)) == 2
+    capsys.readouterr()
+    monkeypatch.setattr(CodebookMonitor, "warning", lambda self: "codebook: hardly used")
+    train(tmp_path, tokenizer=tokenizer, max_steps=9, log_every=2, evaluate_every=3, unquantized_steps=1)
+    assert capsys.readouterr().out.count("codebook: hardly used\n") == 1
+
+
+def test_a_loss_that_is_not_finite_names_term_and_films(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = VidTokModel.forward
+
+    def broken(self: VidTokModel, video: torch.Tensor, is_quantized: bool = True) -> Any:
+        output = forward(self, video, is_quantized=is_quantized)
+        output.reconstruction = output.reconstruction + (torch.nan if calls else 0)
+        calls.append(True)
+        return output
+
+    calls: list[bool] = []
+    monkeypatch.setattr(VidTokModel, "forward", broken)
+    with pytest.raises(
+        TrainingError, match=r"at step 2: l1_loss is nan, .*clip \d+ \(digits/episode-0000\d at 0\.\d0 s\).*step_000001\."
+    ):
+        train(tmp_path, max_steps=4, evaluate_every=9)
+    assert (tmp_path / "failure.json").is_file()
+
+
+@pytest.fixture
+def lpips_file(tmp_path: Path) -> Path:
+    """Write an AlexNet of random weights, one channel wide but for the heads."""
+    sides = {0: 11, 3: 5, 6: 3, 8: 3, 10: 3}
+    tensors = {f"features.{at}.weight": torch.randn(2, 2 if at else 3, side, side) for at, side in sides.items()}
+    tensors |= {f"features.{at}.bias": torch.zeros(2) for at in sides}
+    torch.save(tensors | {f"lin{number}.model.1.weight": torch.rand(1, 2, 1, 1) for number in range(5)}, tmp_path / "net=1.pth")
+    return tmp_path / "net=1.pth"
+
+
+def test_lpips_is_trained_with_from_a_file(lpips_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data=digits", "data.episodes=4", "data.validation_episodes=1", "data.frames=4", "data.size=32", "tokenizer.width=8"]
+    keys = ["batch_size=2", "clip_frames=3", "evaluation_clips=2", "max_steps=2", f"run_dir={tmp_path / 'run'}"]
+    main([*words, *keys, f"loss.lpips_weights={lpips_file}", "loss.lpips_frames=1", "loss.lpips_weight=0.5"])
+    checksum = hashlib.sha256(lpips_file.read_bytes()).hexdigest()
+    assert f"LPIPS: alex of {lpips_file}, SHA-256 {checksum}\n" in capsys.readouterr().out
+    line = lines_of(tmp_path / "run", "loss")[0]
+    assert line["reconstruction_loss"] == pytest.approx(line["l1_loss"] + line["l2_loss"] + 0.5 * line["lpips_loss"])
+    assert lines_of(tmp_path / "run", "validation_lpips_loss")
+    content = {name: 2 * tensor for name, tensor in torch.load(lpips_file, weights_only=True).items()}
+    torch.save(content, lpips_file)
+    with pytest.raises(SystemExit):
+        main([*words, *keys, f"loss.lpips_weights={lpips_file}", "loss.lpips_frames=1", "loss.lpips_weight=0.5", "max_steps=3"])
+    assert f"was trained on the weights of LPIPS with fingerprint {checksum}" in capsys.readouterr().err
+
+
+def test_wrong_lpips_weights_are_refused_before_any_data_is_opened(lpips_file: Path, tmp_path: Path) -> None:
+    nothing = {"name": "files", "root": str(tmp_path / "nowhere")}
+    for loss in (
+        LossOptions(lpips_weights=str(tmp_path / "missing.pth")),
+        LossOptions(lpips_weights=str(lpips_file), lpips_sha256="0" * 64),
+    ):
+        with pytest.raises(
+            (ValueError, FileNotFoundError), match=r"is no file: give loss\.lpips_weights|has the SHA-256 checksum"
+        ):
+            train(tmp_path / "run", nothing, max_steps=1, loss=loss)
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Raster decoding: one token a forward pass, h * w passes a frame, the reference for every other plan."""
+"""Raster decoding: one slot a forward pass, the reference for every other plan."""
 
 from collections.abc import Iterator
 
@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vidgpt.cache import SlotCache
+from vidgpt.layout import TokenLayout
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.sampling import SamplingOptions, sample
 
@@ -31,10 +32,17 @@ def raster(
     unread = context
     for lead in future_leads.unbind(dim=1):
         unread = torch.cat([unread, lead[:, None]], dim=1)
-        cells: list[Tensor] = []
-        for _ in range(layout.cells):
+        digits: list[Tensor] = []
+        for slot in range(layout.slots_per_frame):
             logits = model(unread, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-            # Only picture ids are legal in a picture slot: specials and actions are cut off before any filter sees them.
-            cells.append(sample(logits[:, : layout.codebook_size], options, generators))
-            unread = cells[-1][:, None]
-        yield rearrange(torch.stack(cells, dim=1), "b (h w) -> b h w", h=layout.height)
+            # Only the values of the digits due are legal: all other ids are cut off before any filter sees them.
+            drawn = [sample(part, options, generators) for part in layout.due_logits(logits, slot)]
+            unread = layout.token(drawn, slot)[:, None]
+            digits += drawn
+        grid = rearrange(torch.stack(digits, dim=1), "b (h w q) -> b h w q", h=layout.height, q=layout.num_digits)
+        yield layout.join(grid)
+
+
+def passes_per_frame(layout: TokenLayout) -> int:
+    """Give the forward passes that a frame takes: one a picture slot."""
+    return layout.slots_per_frame

@@ -135,13 +135,16 @@ class ClipDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def locate(self, index: int) -> tuple[Episode, int]:
+        """Give the episode of a clip, and the clip's first frame in it."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"Clip {index} was asked for: there are {len(self)}.")
         index %= len(self)
         which = bisect_right(self.ends, index)
-        episode = self.episodes[which]
-        first = index - (self.ends[which - 1] if which else 0)
+        return self.episodes[which], index - (self.ends[which - 1] if which else 0)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        episode, first = self.locate(index)
         window = slice(first, first + self.frames)
         actions = torch.zeros(self.frames, dtype=torch.int64)
         if episode.actions is not None:

@@ -1,0 +1,65 @@
+"""A run writes into folders that runs have made, and into no other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vidtok.run.run_folder import RunFolder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def start(folder: Path, command: str = "vidtok-train") -> None:
+    RunFolder(folder, {"lr": 0.1}, command).close()
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "plan.json", "model/net.py", ".old-model/weights.pt", "checkpoints/.tmp-a/b", ".env"]
+)
+def test_a_folder_of_the_users_is_refused_and_stays_as_it_was(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    message = rf"^{tmp_path} is not empty and no run has made it \(it holds {name.split('/')[0]}\): give a new or empty folder\.$"
+    with pytest.raises(ValueError, match=message):
+        start(tmp_path)
+    assert contents(tmp_path) == {name: b"mine"}
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"command": "vidtok-train"}', '{"lr": 3}'])
+def test_a_run_json_of_the_users_is_no_marker(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    (tmp_path / "config.yaml").write_text("mine: 1")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a run.json that no run has written \(it holds config.yaml, run.json\)"):
+        start(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_of_another_command_is_refused_by_name(tmp_path: Path) -> None:
+    start(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="holds a run of vidtok-train, but this command is vidgpt-train: give another run_dir"):
+        start(tmp_path, "vidgpt-train")
+    assert contents(tmp_path) == before
+
+
+def test_a_run_of_another_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"command": "vidtok-train", "format_version": 2}')
+    with pytest.raises(ValueError, match="has run format 2, this version reads 1"):
+        start(tmp_path)
+
+
+@pytest.mark.parametrize("names", [[], [".lock"], [".lock", ".tmp-run.json"]])
+def test_a_new_folder_and_one_of_a_start_killed_at_once_are_taken(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).write_text("")
+    start(tmp_path)
+    start(tmp_path)
+    assert not (tmp_path / ".tmp-run.json").exists()
+    start(tmp_path / "not" / "there" / "yet")
+    assert (tmp_path / "not" / "there" / "yet" / "run.json").is_file()

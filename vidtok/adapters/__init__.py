@@ -1,0 +1,1 @@
+"""Tokenizers of other projects behind the protocol of vidtok.tokenizer: one file a family."""

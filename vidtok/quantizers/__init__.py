@@ -1,0 +1,1 @@
+"""One file a quantization method; vidtok.quantizer is the door."""

@@ -1,0 +1,63 @@
+"""Several processes of one run: acting once for all of them, and sharing what each one found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+Result = TypeVar("Result")
+
+
+def from_main(value: Result) -> Result:
+    """Give the main process's value in every process."""
+    if not distributed.is_initialized():
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def on_main(act: Callable[[], Result]) -> Result:
+    """Act in the main process only; the others wait for its result, and fail as it fails."""
+    if not distributed.is_initialized():
+        return act()
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if distributed.get_rank() == 0:
+        try:
+            outcome = (act(), None)
+        except (ValueError, OSError) as error:
+            outcome = (None, error)
+    result, problem = from_main(outcome)
+    if problem is not None:
+        raise problem
+    return result
+
+
+def from_all(value: Result) -> list[Result]:
+    """Give every process's value, in the order of their ranks, in every process."""
+    if not distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def averaged(tensor: Tensor) -> Tensor:
+    """Give the mean over processes, detached; every process must call it."""
+    mean = tensor.detach().clone()
+    if distributed.is_initialized():
+        distributed.all_reduce(mean)
+        mean /= distributed.get_world_size()
+    return mean
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Tell whether the device multiplies bf16 matrices in hardware: newer GPUs, and CPUs with AMX tiles (1.7x on two cores)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Without tiles a CPU emulates bf16 and is slower than in fp32; torch keeps the question private, so it may go away.
+    is_amx_supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return device.type == "cpu" and is_amx_supported is not None and bool(is_amx_supported())
