@@ -1,4 +1,6 @@
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -46,8 +48,17 @@ def test_a_clip_in_random_chunks_gives_what_it_gives_whole(options: dict, seed: 
         torch.testing.assert_close(model._video(codes, None, chunk_frames), whole, atol=1e-5, rtol=0)
 
 
+QUANTIZERS = [
+    {"quantizer": "simvq", "codebook_size": 32},
+    {"quantizer": "lfq", "codebook_size": 32},
+    {"quantizer": "bsq", "codebook_size": 32},
+    {"quantizer": "vq", "codebook_size": 16, "num_codebooks": 3},
+    {"quantizer": "fsq", "num_codebooks": 2},
+]
+
+
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("options", CASES, ids=str)
+@pytest.mark.parametrize("options", CASES + QUANTIZERS, ids=str)
 def test_a_stream_of_any_pieces_is_the_whole_clip(options: dict, seed: int) -> None:
     # In double precision no latent comes so near to the border of two codes that rounding could decide.
     model, rng = model_of(seed, **options).double(), random.Random(seed)
@@ -123,3 +134,27 @@ def test_a_chunk_fits_the_memory_and_is_never_empty() -> None:
     assert latents_at_once(1 << 22, cpu) * (1 << 22) <= 1 << 26
     with pytest.raises(ValueError, match="chunk_frames=0"):
         model_of(0).encode(clip(5), chunk_frames=0)
+
+
+GROWTH = """
+import resource, torch
+from vidtok.config import VidTokConfig
+from vidtok.model import VidTokModel
+torch.set_num_threads(1)
+model = VidTokModel(VidTokConfig(stride_t=4, width=16)).eval()
+def run(frames):
+    pieces = (torch.zeros(1, 3, min(8, frames - at), 64, 64) for at in range(0, frames, 8))
+    for video in model.stream_decode(model.stream_encode(pieces)):
+        assert video.shape[1:2] == (3,)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+short = run(17)
+print((run(2001) - short) * (1 if __import__("sys").platform == "darwin" else 1024))
+"""
+
+
+@pytest.mark.slow
+def test_a_hundred_times_longer_stream_takes_no_more_memory() -> None:
+    result = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    # 2001 frames are 98 MB; what grew is the allocator's.
+    assert int(result.stdout) < 16e6

@@ -152,6 +152,7 @@ def lpips_file(tmp_path: Path) -> Path:
 def test_lpips_is_trained_with_from_a_file(lpips_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["data=digits", "data.episodes=4", "data.validation_episodes=1", "data.frames=4", "data.size=32", "tokenizer.width=8"]
     keys = ["batch_size=2", "clip_frames=3", "evaluation_clips=2", "max_steps=2", f"run_dir={tmp_path / 'run'}"]
+    keys += ["loss.l1_weight=1", "loss.l2_weight=1"]
     main([*words, *keys, f"loss.lpips_weights={lpips_file}", "loss.lpips_frames=1", "loss.lpips_weight=0.5"])
     checksum = hashlib.sha256(lpips_file.read_bytes()).hexdigest()
     assert f"LPIPS: alex of {lpips_file}, SHA-256 {checksum}\n" in capsys.readouterr().out
