@@ -242,7 +242,7 @@ class VidTokModel(PreTrainedModel):
         video = pad_clip(video, *size)
 
         def work(part: Tensor) -> Tensor:
-            steps = self._steps_at_once(part.shape[3:], chunk_frames)
+            steps = self._steps_at_once(part.shape[3:], chunk_frames, len(part))
             first = 1 + (steps - 1) * self.stride_t
             return torch.cat(list(in_chunks(self._encode_step, part, first, steps * self.stride_t)), dim=2)
 
@@ -263,7 +263,7 @@ class VidTokModel(PreTrainedModel):
     ) -> Tensor:
         def work(part: Tensor) -> Tensor:
             sides = [side * self.stride_s for side in part.shape[3:]]
-            steps = self._steps_at_once(sides, chunk_frames)
+            steps = self._steps_at_once(sides, chunk_frames, len(part))
             return torch.cat(list(in_chunks(self._decode_step, part, steps, steps)), dim=2)
 
         with _evaluation(self):
@@ -288,8 +288,8 @@ class VidTokModel(PreTrainedModel):
             raise ValueError(f"indices have shape {tuple(indices.shape)}, not (B, t, h, w): add or remove axes")
         return self.quantizer.decode(indices.to(self.device))
 
-    def _steps_at_once(self, sides: Iterable[int], chunk_frames: int | None) -> int:
-        """Give the latent frames of a chunk."""
+    def _steps_at_once(self, sides: Iterable[int], chunk_frames: int | None, batch: int) -> int:
+        """Give the latent frames of a chunk of `batch` clips."""
         if chunk_frames is not None:
             if chunk_frames < 1:
                 raise ValueError(f"chunk_frames={chunk_frames} is no chunk: give 1 or more, or null to go by free memory")
@@ -298,7 +298,7 @@ class VidTokModel(PreTrainedModel):
         config = self.config
         places = height * width // config.patch_s**2
         # About eight maps of the finest width live at once, and the frames themselves three times, in fp32.
-        return latents_at_once(4 * (8 * config.width * places + 9 * config.stride_t * height * width), self.device)
+        return latents_at_once(4 * batch * (8 * config.width * places + 9 * config.stride_t * height * width), self.device)
 
     def _tile(self, tile: int, overlap: int | None, reach: int) -> tuple[int, int, int]:
         """Give a tile's cells, its overlap and its ramp in cells; reach: pixels that layers look beyond a token."""
@@ -309,7 +309,10 @@ class VidTokModel(PreTrainedModel):
         far = -(-reach // self.stride_s)
         cells = far if overlap is None else min(far, -(-overlap // self.stride_s))
         # As far as layers look, a tile's own part is exact and is cut out; nearer, its error fades towards the tile's middle.
-        return tile // self.stride_s, cells, 0 if cells == far else cells // 2
+        tile_cells = tile // self.stride_s
+        # Ramps of two borders must not meet inside a tile, or three tiles would share a place.
+        ramp = min(max(1, cells // 2), tile_cells // 2) if 0 < cells < far else 0
+        return tile_cells, cells, ramp
 
     def _check_discrete(self) -> None:
         if not self.quantizer.is_discrete:
@@ -319,13 +322,14 @@ class VidTokModel(PreTrainedModel):
 
 
 class _evaluation:
-    """Put a model into eval mode and back: encoding must not move an EMA codebook."""
+    """Put a model into eval mode and back, each part as it was: encoding must not move an EMA codebook, frozen parts stay frozen."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.was_training = model, model.training
+        self.model, self.modes = model, [(module, module.training) for module in model.modules()]
 
     def __enter__(self) -> None:
         self.model.eval()
 
     def __exit__(self, *_: object) -> None:
-        self.model.train(self.was_training)
+        for module, was_training in self.modes:
+            module.training = was_training

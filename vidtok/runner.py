@@ -141,6 +141,10 @@ class Runner:
         """Give (step, value) of every figure logged under this name, over all starts; in the main process, else nothing."""
         return [] if self._folder is None else self._folder.curve(name)
 
+    def known_value(self, name: str) -> Any:
+        """Give what first_value kept under this name, in every process; None where it kept nothing yet."""
+        return on_main(lambda: None if self._folder is None else self._folder.first_values().get(name))
+
     def report(self, model: nn.Module, optimizer: Optimizer, memory_bytes: int | None = None) -> None:
         """Print parameters, untrained tensors, the caller's memory estimate, and how the run steps."""
         devices = f"{self._accelerator.num_processes} x {self.device.type}, {'bf16' if self._uses_bf16 else 'fp32'}"

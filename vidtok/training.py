@@ -106,6 +106,7 @@ class Objective:
         if lpips is not None:
             runner.check_data("the weights of LPIPS", lpips.checksum)
         self._unquantized_steps = _unquantized_steps(runner, options)
+        self._quantised_from: int | None = runner.known_value("quantised_from")
         config = network.config
         self._monitor = CodebookMonitor(config.codebook_factors, quantizer=config.quantizer) if config.is_discrete else None
         if options.train_only == "decoder":
@@ -113,9 +114,7 @@ class Objective:
 
     def __call__(self, model: nn.Module, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Give the loss of clips (B, 3, T, H, W), and its terms."""
-        # A run planned by minutes may be short too; its plan is kept, so a resumed run draws the same line.
-        unquantized = min(self._unquantized_steps, (self._runner.planned_steps or 5 * self._unquantized_steps) // 5)
-        output = model(video, is_quantized=self._runner.step >= unquantized)
+        output = model(video, is_quantized=self._is_quantised())
         reconstruction, terms = reconstruction_loss(output.reconstruction, video, self._options.loss, self.lpips)
         logs = {f"{name}_loss": value for name, value in terms.items()} | {"reconstruction_loss": reconstruction}
         logs |= {f"quantizer_{name}": value for name, value in (output.quantizer_terms or {}).items()}
@@ -127,6 +126,16 @@ class Objective:
         if self._monitor is not None and output.indices is not None:
             self._monitor.update(output.indices)
         return loss, logs
+
+    def _is_quantised(self) -> bool:
+        """Tell whether this step rounds its latents; once a step did, every later one does, also of a run continued for longer."""
+        if self._quantised_from is None:
+            # A run planned by minutes may be short too.
+            unquantized = min(self._unquantized_steps, (self._runner.planned_steps or 5 * self._unquantized_steps) // 5)
+            if self._runner.step < unquantized:
+                return False
+            self._quantised_from = self._runner.first_value("quantised_from", self._runner.step)
+        return self._runner.step >= self._quantised_from
 
     def codebook_figures(self, step: int) -> dict[str, float]:
         """Give how the codebook is used, at steps that are logged; every evaluate_every steps compare processes, and warn."""

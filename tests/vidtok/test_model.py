@@ -37,9 +37,10 @@ def test_encode_and_decode_give_the_promised_shapes(stride_t: int, stride_s: int
     assert model.decode(indices).shape == video.shape
 
 
+@pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize(("stride_t", "stride_s", "patch_s"), SHAPES)
-def test_a_changed_frame_changes_no_earlier_latent_or_frame(stride_t: int, stride_s: int, patch_s: int) -> None:
-    model = tiny(stride_t, stride_s, patch_s).double()
+def test_a_changed_frame_changes_no_earlier_latent_or_frame(stride_t: int, stride_s: int, patch_s: int, norm: str) -> None:
+    model = tiny(stride_t, stride_s, patch_s, norm=norm).double()
     video = clip(1 + 3 * stride_t).double()
     for frame in (stride_t + 1, 2 * stride_t + 1):
         edited = video.clone()
@@ -89,6 +90,13 @@ def test_encoding_in_training_mode_changes_nothing(quantizer: str) -> None:
     assert torch.equal(first, model.encode(clip(3)))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training
+
+
+def test_encoding_leaves_frozen_parts_frozen() -> None:
+    model = tiny(1, quantizer="vq", codebook_size=32).train()
+    model.quantizer.eval()
+    model.decode(model.encode(clip(3)))
+    assert model.training and model.encoder.training and not model.quantizer.training
 
 
 def test_a_clip_does_not_depend_on_its_neighbours() -> None:

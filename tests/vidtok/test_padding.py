@@ -91,6 +91,17 @@ def test_blending_weights_sum_to_one() -> None:
         torch.testing.assert_close(run_tiled(lambda part: part, source, (7, 11), (1, 1), tile, overlap, ramp), source)
 
 
+@pytest.mark.parametrize("tile", [8, 16, 32])
+@pytest.mark.parametrize("overlap", [8, 16, 40, 64])
+def test_tiles_of_any_overlap_share_every_place_fully(tile: int, overlap: int) -> None:
+    model = tiny(stride_t=1, decoder_blocks=3)
+    for _, parameter in model.decoder.named_parameters():
+        torch.nn.init.zeros_(parameter)
+    torch.nn.init.constant_(model.decoder.conv_out.bias, 0.5)
+    indices = torch.zeros(1, 2, 9, 7, dtype=torch.long)
+    torch.testing.assert_close(model.decode(indices, tile=tile, overlap=overlap), torch.full((1, 3, 2, 72, 56), 0.5))
+
+
 def test_an_impossible_tile_is_refused() -> None:
     with pytest.raises(ValueError, match="tile=4"):
         tiny().encode(torch.zeros(1, 3, 1, 32, 32), tile=4)

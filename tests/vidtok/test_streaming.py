@@ -27,10 +27,11 @@ def clip(frames: int, height: int = 16, width: int = 24, batch: int = 2) -> torc
 
 CASES = [
     {"stride_t": 1},
-    {"stride_t": 1, "temporal_decoder": True},
+    {"stride_t": 1, "temporal_decoder": True, "norm": "layer"},
     {"stride_t": 2, "patching": "haar"},
     {"stride_t": 4, "quantizer": "vq", "codebook_size": 32},
     {"stride_t": 4, "patch_s": 8, "temporal_encoder": False},
+    {"stride_t": 4, "norm": "layer"},
 ]
 
 

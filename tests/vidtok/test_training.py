@@ -177,3 +177,32 @@ def test_wrong_lpips_weights_are_refused_before_any_data_is_opened(lpips_file: P
         ):
             train(tmp_path / "run", nothing, max_steps=1, loss=loss)
     assert not (tmp_path / "run").exists()
+
+
+class PlannedRun:
+    """The part of a Runner that decides where the unquantised steps end."""
+
+    def __init__(self, values: dict[str, int], step: int, planned_steps: int | None) -> None:
+        self.values, self.step, self.planned_steps = values, step, planned_steps
+
+    def first_value(self, name: str, value: int) -> int:
+        return self.values.setdefault(name, value)
+
+
+def objective_of(run: PlannedRun) -> Any:
+    objective = object.__new__(training.Objective)
+    objective._runner, objective._unquantized_steps = run, 100
+    objective._quantised_from = run.values.get("quantised_from")
+    return objective
+
+
+def test_a_run_continued_for_longer_never_falls_back_to_unquantised_steps() -> None:
+    values: dict[str, int] = {}
+    run = PlannedRun(values, step=0, planned_steps=60)
+    objective, seen = objective_of(run), []
+    for run.step in range(60):
+        seen.append(objective._is_quantised())
+    assert seen == [step >= 12 for step in range(60)]
+    assert objective_of(PlannedRun(values, step=60, planned_steps=6000))._is_quantised()
+    # Killed before its last checkpoint, it draws the same line again.
+    assert not objective_of(PlannedRun(values, step=11, planned_steps=6000))._is_quantised()

@@ -91,12 +91,16 @@ class RunFolder:
 
     def first_value(self, name: str, value: Value) -> Value:
         """Give what the first call under this name gave, in this start or an earlier one."""
-        path = self.path / "first_values.json"
-        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        values = self.first_values()
         if name not in values:
             values[name] = value
-            write_text(path, json.dumps(values, indent=1) + "\n")
+            write_text(self.path / "first_values.json", json.dumps(values, indent=1) + "\n")
         return values[name]
+
+    def first_values(self) -> dict[str, Any]:
+        """Give what was kept by first_value so far."""
+        path = self.path / "first_values.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def check_data(self, name: str, fingerprint: str) -> None:
         """Keep the fingerprint of the data called `name`; raises ValueError when an earlier start trained on other data."""
