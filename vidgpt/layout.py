@@ -11,7 +11,6 @@ With one digit, the common case, the two are the same.
 """
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -21,6 +20,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from vidgpt.config import VidGPTConfig
+from vidtok.digits import pack_digits, unpack_digits
 
 IGNORED = -100
 
@@ -133,13 +133,12 @@ class TokenLayout:
         return digits[0] + self.spans[self.due_digits(slot)[0]][0]
 
     def split(self, indices: Tensor) -> Tensor:
-        """Give the digits (..., Q) of indices (...), as vidtok.digits does, but unchecked: a check makes every step wait for the GPU."""
-        return torch.stack([indices // value % factor for value, factor in zip(self._values, self.factors, strict=True)], dim=-1)
+        """Give the digits (..., Q) of indices (...), unchecked: a check makes every step wait for the GPU."""
+        return unpack_digits(indices, self.factors)
 
     def join(self, digits: Tensor) -> Tensor:
         """Give the indices (...) of digits (..., Q): the inverse of split, unchecked too."""
-        valued = [digit * value for digit, value in zip(digits.unbind(-1), self._values, strict=True)]
-        return torch.stack(valued).sum(0)
+        return pack_digits(digits, self.factors)
 
     def embedding_rows(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Give, in parallel, the embedding's rows (..., Q) of the digits of input_ids (...), and which ids are leads.
@@ -188,11 +187,6 @@ class TokenLayout:
         """Give labels (B, L): the ids themselves, IGNORED at lead slots (the model shifts them)."""
         positions = repeat(torch.arange(input_ids.shape[1], device=input_ids.device), "n -> b n", b=input_ids.shape[0])
         return input_ids.masked_fill(self.is_lead(positions), IGNORED)
-
-    @property
-    def _values(self) -> tuple[int, ...]:
-        """What a step of each digit adds to the id."""
-        return tuple(accumulate(self.factors[:-1], operator.mul, initial=1))
 
     def _rows(self, indices: Tensor) -> Tensor:
         """Give the embedding's rows (..., Q) of the digits of indices (...)."""

@@ -145,7 +145,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width: mean of four places plus a learned correction."""
+    """Halve height and width: a learned mix of each four places."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()

@@ -1,6 +1,5 @@
 """Is the codebook in use, and is it the same in every process: what training asks at its log steps."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 
@@ -9,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vidtok.digits import check_factors, unpack_digits
+from vidtok.fingerprint import hash_weights
 from vidtok.metrics import code_figures
 from vidtok.quantizer import Quantizer
 from vidtok.run.failure import TrainingError
@@ -91,11 +91,7 @@ class CodebookMonitor:
 
 def codebook_hash(quantizer: Quantizer) -> str:
     """Give 16 hex digits that change with any bit of the quantizer's weights and statistics."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(quantizer.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return hash_weights({}, quantizer.state_dict())
 
 
 def check_same_codebook(quantizer: Quantizer) -> None:

@@ -66,19 +66,6 @@ def pack_digits(digits: Tensor, factors: Sequence[int]) -> Tensor:
     return packed
 
 
-def equal_factors(codebook_size: int, count: int) -> list[int]:
-    """Give `count` equal factors whose product is codebook_size: 2**18, 2 -> [512, 512]. Raises ValueError where there are none."""
-    root = round(codebook_size ** (1 / count)) if codebook_size > 1 and count > 0 else 0
-    # The float root of a large integer may be off by one.
-    for factor in (root - 1, root, root + 1):
-        if factor > 1 and factor**count == codebook_size:
-            return [factor] * count
-    raise ValueError(
-        f"codebook_size={codebook_size} is no product of {count} equal factors above 1: "
-        "choose another count, or give the factors themselves"
-    )
-
-
 def check_factors(factors: Sequence[int]) -> None:
     """Raise ValueError unless the factors are 1 or more and their ids fit into an int64."""
     if not factors or min(factors) < 1 or math.prod(factors) >= MAX_IDS:

@@ -28,6 +28,14 @@ def model_folder(path: str | Path, model_type: str) -> Path:
         hint = "its training has not saved a model yet" if (path / "checkpoints").is_dir() else "give a run folder or its model/"
         raise ValueError(f"{path} is not a trained folder (no config.json with model.safetensors): {hint}")
     found = _read_config(folder)
+    # Each of these makes transformers load something else than the safetensors beside it: another file, a kernel, a quantizing library.
+    redirected = [
+        key for key in ("transformers_weights", "attn_implementation", "quantization_config") if found.get(key) is not None
+    ]
+    if redirected:
+        raise ValueError(
+            f"{path} has {redirected[0]} in its config.json, which we never write: remove that key, if you trust the folder"
+        )
     if found.get("model_type") != model_type:
         raise ValueError(
             f"{path} holds a model of type {found.get('model_type')!r}, not {model_type!r}: give one that {_WRITERS[model_type]} wrote"
@@ -84,11 +92,14 @@ def copy_folder(source: Path, target: Path) -> None:
 
 def _read_config(folder: Path) -> dict:
     try:
-        return json.loads((folder / "config.json").read_text())
+        values = json.loads((folder / "config.json").read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{folder / 'config.json'} is not valid JSON ({error}): the folder is damaged, copy or train it again"
         ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{folder / 'config.json'} holds no options: the folder is damaged, copy or train it again")
+    return values
 
 
 def _first_line(error: Exception) -> str:

@@ -210,9 +210,10 @@ class VidTokModel(PreTrainedModel):
             return self._decode_step(self._codes(indices), state)
 
     def stream_encode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield indices (B, n, h, w) of a video of unknown length that comes as (B, 3, m, H, W), any m; memory stays flat.
+        """Yield indices (B, n, h, w) of a video of unknown length that comes as (B, 3, m, H, W), any m.
 
-        Equal to encode of the whole. Frames of other sides are padded; the last step of time too.
+        Equal to encode of the whole; memory goes by the largest m, not by the length.
+        Frames of other sides are padded; the last step of time too.
         """
         state: StreamState | None = None
         for video in regroup(chunks, self.stride_t):
@@ -237,9 +238,8 @@ class VidTokModel(PreTrainedModel):
 
     def _latents(self, video: Tensor, chunk_frames: int | None, tile: int | None = None, overlap: int | None = None) -> Tensor:
         check_video(video)
-        t, h, w = self.grid_for(*video.shape[2:])
-        size = (1 + (t - 1) * self.stride_t, h * self.stride_s, w * self.stride_s)
-        video = pad_clip(video, *size)
+        _, h, w = self.grid_for(*video.shape[2:])
+        video = pad_clip(video, self.valid_frames(video.shape[2])[1], h * self.stride_s, w * self.stride_s)
 
         def work(part: Tensor) -> Tensor:
             steps = self._steps_at_once(part.shape[3:], chunk_frames, len(part))

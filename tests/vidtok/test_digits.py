@@ -7,7 +7,7 @@ import pytest
 import torch
 from vector_quantize_pytorch import FSQ
 
-from vidtok.digits import equal_factors, join_digits, split_digits
+from vidtok.digits import join_digits, split_digits
 
 FACTORS = [[7], [3, 5], [8, 5, 5, 5], [2] * 18, [1, 4, 1, 2], [1 << 16] * 3]
 
@@ -55,20 +55,6 @@ def test_narrow_integers_do_not_overflow(dtype: torch.dtype) -> None:
 
 def test_no_ids_have_no_digits() -> None:
     assert split_digits(torch.zeros(0, dtype=torch.int64), [3, 5]).shape == (0, 2)
-
-
-def test_equal_factors_are_exact_roots() -> None:
-    assert equal_factors(2**18, 2) == [512, 512]
-    assert equal_factors(2**48, 3) == [65536] * 3
-    assert equal_factors(1000, 1) == [1000]
-    assert equal_factors(3**30, 30) == [3] * 30
-    assert equal_factors(1000, 3) == [10] * 3
-
-
-@pytest.mark.parametrize(("codebook_size", "count"), [(1000, 2), (2**18, 0), (8, 5), (1, 1), (0, 2)])
-def test_what_has_no_equal_factors_is_refused(codebook_size: int, count: int) -> None:
-    with pytest.raises(ValueError, match=f"codebook_size={codebook_size} is no product of {count} equal factors"):
-        equal_factors(codebook_size, count)
 
 
 def test_what_lies_outside_is_refused_with_what_came() -> None:
