@@ -1,12 +1,14 @@
-"""A small command, `toy-train`, with its own conf/: what the tests of the command line run."""
+"""What many tests need: a small command, `toy-train`, with its own conf/; a tokenizer that hides nothing; a page taken apart."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import textwrap
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hydra.core.config_store import ConfigStore
@@ -14,6 +16,9 @@ from hydra.core.config_store import ConfigStore
 from vidtok import cli
 from vidtok.cli import entry
 from vidtok.schema import store_schema
+
+if TYPE_CHECKING:
+    from vidtok.model import VidTokModel
 
 EXAMPLE = "toy-train data=digits run_dir=runs/toy"
 CONF = {
@@ -24,6 +29,61 @@ CONF = {
     "tokenizer/misspelt.yaml": "defaults: [schema]\nwidht: 8\n",
     "tokenizer/unfinished.yaml": "defaults: [schema]\nwidth: [8\n",
 }
+
+
+def randomised(model: VidTokModel) -> VidTokModel:
+    """Fill what starts at zero: a fresh tokenizer's residual branches, in which a leak or a lost state would not show.
+
+    For tests: `from tests.conftest import randomised`. Gives the same model, in eval mode.
+    """
+    import torch
+
+    from vidtok.blocks import ZeroConv2d
+
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, ZeroConv2d):
+            torch.nn.init.normal_(module.weight, std=0.3, generator=generator)
+    return model.eval()
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load, and whether tags close in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.headings: list[str] = []
+        self.open: list[str] = []
+        self.is_balanced = True
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag not in ("meta", "img", "input", "link", "br", "source"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.is_balanced &= bool(self.open) and self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+def check_page(text: str) -> Page:
+    """Assert that a page loads nothing from outside, runs no script and is well formed; gives what is on it."""
+    page = Page(text)
+    bare = re.sub('base64,[^"]*', "", text)
+    assert all(source.startswith("data:image/") for source in page.sources)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert not [word for word in ("http", "url(", "@import", "<script", "$") if word in bare]
+    assert page.is_balanced and page.open == []
+    return page
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,3 +31,18 @@ def test_the_demo_writes_its_report_and_goes_on_where_it_was(tmp_path: Path, cap
     demo(arguments)
     assert weights.read_bytes() == before
     assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["tokenizer.stride_t=4"], "context=3 ends inside a latent frame of tokenizer.stride_t=4: use 1 or 5"),
+        (["future=6"], "context=3 and future=6 exceed the 8 frames of model.window=8"),
+        (["data.max_frames=7"], "no held-out episode has the 8 frames of context=3 and future=5"),
+    ],
+)
+def test_what_would_fail_after_hours_is_refused_at_once(overrides: list[str], sentence: str, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        demo([*TINY, f"run_dir={tmp_path / 'demo'}", f"data.cache_dir={tmp_path / 'cache'}", *overrides])
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "demo" / "tokenizer").exists()

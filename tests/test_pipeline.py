@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vidgpt import checkpoint_evaluation
 from vidgpt.evaluate import main as evaluate
 from vidgpt.predict import main as predict
 from vidgpt.rollout import Predictor
@@ -27,6 +28,7 @@ TOKENIZER = [
     "unquantized_steps=2",
 ]
 RUN = ["max_steps=6", "batch_size=2", "warmup_steps=2", "checkpoint_every=3", "evaluate_every=3", "evaluation_clips=4"]
+RESIDUAL = ["tokenizer.num_codebooks=2", "tokenizer.codebook_size=16"]
 MODEL = ["model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=2", "model.window=12"]
 
 
@@ -42,11 +44,16 @@ def work(tmp_path_factory) -> Path:
             frames[t, 10:20, (t + 5 * number) % (width - 8) : (t + 5 * number) % (width - 8) + 8] = (200, 60 * number, 90)
         write_video(films / f"film {number}=x.mp4", frames, 10.0)
     (films / "broken.mp4").write_bytes(b"not a video")
-    data = ["data=files", f"data.root={films}", "data.size=[32,32]", f"data.cache_dir={folder / 'cache'}", "data.validation=0.4"]
+    data = films_of(folder)
     train_tokenizer([*data, *TOKENIZER, *RUN, f"run_dir={folder / 'tok'}"])
     encode([*data, f"checkpoint={folder / 'tok'}", f"output={folder / 'tokens'}"])
     train_gpt([f"tokens={folder / 'tokens'}", f"run_dir={folder / 'gpt'}", *MODEL, *RUN])
     return folder
+
+
+def films_of(work: Path) -> list[str]:
+    root, cache = work / "films, (a)", work / "cache"
+    return ["data=files", f"data.root={root}", "data.size=[32,32]", f"data.cache_dir={cache}", "data.validation=0.4"]
 
 
 def run(main: Callable[[list[str]], None], capsys, *arguments: str) -> tuple[int, str]:
@@ -119,6 +126,13 @@ def test_evaluate_writes_figures_tables_and_curves(work: Path, tmp_path, capsys)
     assert list(tmp_path.glob("*.png"))
 
 
+def test_an_output_that_is_a_file_is_refused_before_the_work(work: Path, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint_evaluation, "_measure", lambda *_: pytest.fail("the model was evaluated"))
+    (tmp_path / "taken").write_text("mine")
+    arguments = [f"checkpoint={work / 'gpt'}", f"tokens={work / 'tokens'}", f"output={tmp_path / 'taken'}"]
+    assert run(evaluate, capsys, *arguments) == (2, f"vidgpt-evaluate: {tmp_path / 'taken'}: File exists\n")
+
+
 def test_reconstruct_writes_a_film_beside_its_figures(work: Path, tmp_path, capsys) -> None:
     film = work / "films, (a)" / "film 0=x.mp4"
     assert run(reconstruct, capsys, f"checkpoint={work / 'tok'}", f"input={film}", f"output={tmp_path}")[0] == 0
@@ -126,16 +140,43 @@ def test_reconstruct_writes_a_film_beside_its_figures(work: Path, tmp_path, caps
     assert probe(tmp_path / "side_by_side.mp4").width == 2 * probe(tmp_path / "reconstruction.mp4").width
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "digits"),
+    [([], "slots"), (RESIDUAL, "slots"), (RESIDUAL, "parallel")],
+    ids=["one codebook", "residual in slots", "residual in parallel"],
+)
+def test_tokens_that_stand_for_two_frames_go_the_whole_way(tokenizer, digits, work: Path, tmp_path, capsys) -> None:
+    data, places = films_of(work), {name: tmp_path / name for name in ("tok", "tokens", "gpt", "tuned", "out", "own", "sharp")}
+    train_tokenizer([*data, *TOKENIZER, *RUN, "tokenizer.stride_t=2", *tokenizer, f"run_dir={places['tok']}"])
+    encode([*data, f"checkpoint={places['tok']}", f"output={places['tokens']}"])
+    train_gpt(
+        [f"tokens={places['tokens']}", f"run_dir={places['gpt']}", *MODEL, *RUN, "model.window=6", f"model.digits={digits}"]
+    )
+    evaluate([f"checkpoint={places['gpt']}", f"tokens={places['tokens']}", f"output={places['out']}", "context=2", "clips=4"])
+    card = json.loads((places["gpt"] / "model" / "card.json").read_text())
+    figures = json.loads((places["out"] / "metrics.json").read_text())["teacher_forced"]["model"]
+    assert figures["cross_entropy_nats_per_token"] < 2 * np.log(card["codebook_size"])
+    assert (card["stride_t"], len(card["codebook_factors"])) == (2, 2 if tokenizer else 1)
+
+    train_tokenizer(
+        [*data, *RUN, f"init_from={places['tok']}", "train_only=decoder", f"run_dir={places['tuned']}", "clip_frames=5"]
+    )
+    film = work / "films, (a)" / "film 0=x.mp4"
+    arguments = [f"checkpoint={places['gpt']}", f"input={film}", "context=3", "future=5", "samples=2"]
+    assert run(predict, capsys, *arguments, f"output={places['own']}") == (0, "")
+    assert run(predict, capsys, *arguments, f"output={places['sharp']}", f"decoder={places['tuned']}") == (0, "")
+    own, sharp = (load_file(places[name] / "tokens.safetensors")["future"] for name in ("own", "sharp"))
+    assert own.shape == (2, 3, 4, 4) and int(own.max()) < card["codebook_size"]
+    assert torch.equal(own, sharp)
+    pictures = [sorted((places[name] / "frames").glob("*.png")) for name in ("own", "sharp")]
+    assert [len(names) for names in pictures] == [5, 5]
+    assert all(a.read_bytes() != b.read_bytes() for a, b in zip(*pictures, strict=True))
+    assert probe(places["own"] / "prediction_01.mp4").frames == 3 + 5
+
+
 def test_encoding_again_changes_nothing(work: Path, tmp_path, capsys) -> None:
     before = {path.name: path.read_bytes() for path in (work / "tokens").glob("*.parquet")}
-    data = [
-        "data=files",
-        f"data.root={work / 'films, (a)'}",
-        "data.size=[32,32]",
-        f"data.cache_dir={work / 'cache'}",
-        "data.validation=0.4",
-    ]
-    assert run(encode, capsys, *data, f"checkpoint={work / 'tok'}", f"output={work / 'tokens'}")[0] == 0
+    assert run(encode, capsys, *films_of(work), f"checkpoint={work / 'tok'}", f"output={work / 'tokens'}")[0] == 0
     assert before == {path.name: path.read_bytes() for path in (work / "tokens").glob("*.parquet")}
 
 

@@ -4,7 +4,8 @@ Unusual: a query carries the phases of the position it predicts, the next one, a
 frame ago" is one constant offset for every token, also at the end of a row.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from einops import rearrange
@@ -45,8 +46,16 @@ class RotaryPhases(nn.Module):
         super().__init__()
         self.config = config
         shape = (int(config.max_position_embeddings or 0) + 1, int(config.head_dim or 0) // 2)
-        self.register_buffer("cos", torch.empty(shape), persistent=False)
-        self.register_buffer("sin", torch.empty(shape), persistent=False)
+        self.register_buffer("cos", torch.empty(shape, dtype=torch.float32), persistent=False)
+        self.register_buffer("sin", torch.empty(shape, dtype=torch.float32), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the table with the weights, but leave it fp32 where these become bf16, which would round its angles."""
+        super()._apply(fn, recurse)
+        if self.cos.dtype != torch.float32:
+            self.cos, self.sin = self.cos.float(), self.sin.float()
+            self.refill()
+        return self
 
     def refill(self) -> None:
         """Compute the table; loading a model leaves it uninitialised."""

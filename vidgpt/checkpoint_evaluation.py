@@ -32,7 +32,10 @@ def evaluate_checkpoint(options: EvaluateOptions) -> TokenReport:
     model, card = load_model(VidGPTForCausalLM, folder), Card.load(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     check_model(card, model.config, f"the checkpoint {options.checkpoint}")
-    check_cards(card, f"the checkpoint {options.checkpoint}", Card.load(options.tokens), f"the tokens {options.tokens}")
+    tokens = Card.load(options.tokens)
+    if not model.config.num_actions:
+        tokens = replace(tokens, num_actions=card.num_actions)  # nobody looks at them
+    check_cards(card, f"the checkpoint {options.checkpoint}", tokens, f"the tokens {options.tokens}")
     layout = TokenLayout.from_config(model.config)
     longest = longest_row(options.tokens, options.split)
     window = min(model.config.window, longest)
@@ -42,6 +45,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> TokenReport:
             f"split {options.split!r} has {longest}; give a smaller context or longer clips"
         )
     clips = TokenDataset(options.tokens, options.split, window)
+    # Before the work of minutes: it may be a file.
+    Path(options.output).mkdir(parents=True, exist_ok=True)
     print(
         f"evaluating {min(options.clips, len(clips))} clips of {window} frames teacher-forced, {min(options.rollout_clips, len(clips))} "
         f"free-running from {options.context} frames",
@@ -56,7 +61,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> TokenReport:
 
 
 def _measure(
-    model: VidGPTForCausalLM, layout: TokenLayout, clips: TokenDataset, counts: TokenCounts, options: EvaluateOptions
+    model: VidGPTForCausalLM, layout: TokenLayout, clips: TokenDataset, counts: TokenCounts | None, options: EvaluateOptions
 ) -> TokenReport:
     sampling, done, size = SamplingOptions(**asdict(options.sampling)), 0, options.batch_size
 
@@ -82,7 +87,10 @@ def _measure(
     return replace(report, free_running=rollout)
 
 
-def _counts(options: EvaluateOptions, layout: TokenLayout) -> TokenCounts:
+def _counts(options: EvaluateOptions, layout: TokenLayout) -> TokenCounts | None:
+    if not longest_row(options.tokens, "train", is_optional=True):
+        print(f"{options.tokens} has no training split to count tokens of: the unigram baselines are left out", flush=True)
+        return None
     counts = TokenCounts(layout.codebook_size, (layout.height, layout.width), layout.factors)
     for indices in TokenDataset(options.tokens, "train", 1).rows():
         counts.update(indices)

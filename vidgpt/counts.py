@@ -121,7 +121,8 @@ class SeenIds:
 
     def totals(self) -> tuple[Tensor, Tensor]:
         """See PlaceCounts."""
-        places, cells = self._keys // len(self.ids()), math.prod(self.grid)
+        self._sort()
+        places, cells = self._keys // len(self._ids), math.prod(self.grid)
         seen, distinct = torch.bincount(places, self._counts.double(), minlength=cells), torch.bincount(places, minlength=cells)
         return seen.double().view(self.grid), distinct.double().view(self.grid)
 

@@ -99,7 +99,7 @@ def evaluate_tokens(
     model: nn.Module,
     layout: TokenLayout,
     clips: Iterable[Batch],
-    train_counts: TokenCounts,
+    train_counts: TokenCounts | None,
     context: int,
     generate: Generate | None,
     *,
@@ -108,6 +108,7 @@ def evaluate_tokens(
 ) -> TokenReport:
     """Evaluate model(input_ids).logits (B, L, layout.num_logits), where logits at p foretell p + 1, beside baselines of train_counts.
 
+    train_counts: None leaves the unigram baselines out; a token then stays the same with the chance 1/2.
     clips: batches of "indices" (B, t, h, w) and "actions" (B, t) or None, t > context, t may differ between batches.
     context: given frames of the free-running regime. generate(indices (B, context, h, w), future, actions (B, t) or None) gives
     indices (B, future, h, w); None leaves that regime out. batch_size: clips a forward pass, which bounds memory. progress:
@@ -116,17 +117,18 @@ def evaluate_tokens(
     """
     if context < 1 or batch_size < 1:
         raise ValueError(f"got context {context} and batch_size {batch_size}; both must be 1 or more: use at least 1")
+    grid = (layout.height, layout.width)
+    names = [name for name in Baselines.names if train_counts is not None or not name.startswith("unigram")]
+    train_counts = train_counts or TokenCounts(layout.codebook_size, grid, layout.factors)
     if train_counts.factors != layout.factors:
         raise ValueError(
             f"the counts are of digits {list(train_counts.factors)}, the model's are {list(layout.factors)}: "
             "count the training tokens with the factors of the model"
         )
-    grid = (layout.height, layout.width)
     baselines = Baselines(train_counts)
-    meters = {name: TokenMeter(grid, layout.num_digits) for name in ("model", *Baselines.names)}
+    meters = {name: TokenMeter(grid, layout.num_digits) for name in ("model", *names)}
     rollout = None if generate is None else RolloutMeter(grid)
-    done = 0
-    was_training = model.training
+    done, was_training = 0, model.training
     model.eval()
     try:
         for indices, actions in _small_batches(clips, context, batch_size):

@@ -18,21 +18,25 @@ class Context:
     """Frames to predict from."""
 
     video: Tensor  # (1, 3, T, H, W) in [-1, 1] at the card's size and rate, T whole latent frames
+    history: Tensor  # (1, 3, m, H, W): the frames in front of it, whole steps of time, none where the input begins with it
     truth: Tensor | None  # (1, 3, T', H, W): what really followed, T' <= future, where the input holds it
     first_frame: int  # index of the first context frame at the card's rate
     note: str  # what was done to the input and which frames were used
 
 
-def read_context(path: str | Path, card: Card, context: int, future: int, start: float | None = None) -> Context:
+def read_context(
+    path: str | Path, card: Card, context: int, future: int, start: float | None = None, history: int = 0
+) -> Context:
     """Read `context` frames at the card's size and rate: the last ones, or those from `start` seconds on.
 
-    A shorter input gives what it has; where that is less than a first latent frame stands for, its first frame is repeated in front.
+    history: at most so many frames in front of them, to encode them with. A shorter input gives what it has; where that is less than a
+    first latent frame stands for, its first frame is repeated in front.
     Raises ValueError when not even one frame is there.
     """
     if context < 1:
         raise ValueError(f"context={context} frames: give 1 or more")
     info = probe(path)
-    frames, first = _select(path, card, context, future, start)
+    front, frames, first = _select(path, card, context, future, start, history)
     if not frames:
         raise ValueError(f"{path} has no frame at {start or 0:g} s (it lasts {info.seconds:.2f} s): choose an earlier start")
     given = min(context, len(frames))
@@ -42,21 +46,31 @@ def read_context(path: str | Path, card: Card, context: int, future: int, start:
     if start is None:
         # The newest frames count: a context shortened to fit the temporal stride loses its oldest ones.
         first += len(frames) - given
-        frames = frames[-given:]
-    clip = to_video(resize_frames(np.stack(frames), (card.frame_height, card.frame_width)))[None]
-    truth = clip[:, :, given : given + future] if clip.shape[2] > given else None
-    return Context(clip[:, :, :given], truth, first, _note(info, card, context, given - repeated, first, repeated))
+        front, frames = front + frames[:-given], frames[-given:]
+    before = 0 if repeated else min(history, len(front) // card.stride_t * card.stride_t)
+    clip = to_video(resize_frames(np.stack(front[len(front) - before :] + frames), (card.frame_height, card.frame_width)))[None]
+    end = before + given
+    truth = clip[:, :, end : end + future] if clip.shape[2] > end else None
+    note = _note(info, card, context, given - repeated, first, repeated)
+    return Context(clip[:, :, before:end], clip[:, :, :before], truth, first, note)
 
 
-def _select(path: str | Path, card: Card, context: int, future: int, start: float | None) -> tuple[list[np.ndarray], int]:
+def _select(
+    path: str | Path, card: Card, context: int, future: int, start: float | None, history: int
+) -> tuple[list[np.ndarray], list[np.ndarray], int]:
+    """Give the frames in front, at most `history`, the context with what follows it, and the index of its first frame."""
     if start is not None:
-        return list(islice(iter_frames(path, start=start, fps=card.fps), context + future)), round(start * card.fps)
-    newest: deque[np.ndarray] = deque(maxlen=context)
+        before = min(history, int(start * card.fps + 1e-6))
+        shown = iter_frames(path, start=max(0.0, start - before / card.fps), fps=card.fps)
+        frames = list(islice(shown, before + context + future))
+        return frames[:before], frames[before:], round(start * card.fps)
+    newest: deque[np.ndarray] = deque(maxlen=context + history)
     seen = 0
     for frame in iter_frames(path, fps=card.fps):
         newest.append(frame)
         seen += 1
-    return list(newest), seen - len(newest)
+    before = max(0, len(newest) - context)
+    return list(newest)[:before], list(newest)[before:], seen - len(newest) + before
 
 
 def _note(info: object, card: Card, asked: int, given: int, first: int, repeated: int) -> str:

@@ -41,7 +41,7 @@ class PredictOptions:
     """Keys of vidgpt-predict.
 
     context, future: frames at the model's rate. start: seconds into the input where the context begins; null takes the last frames.
-    actions: a file with one action a frame (context and future), for models that know actions.
+    actions: a file with one action a latent frame (context and future), for models that know actions.
     allow_torchscript: may the checkpoint's tokenizer run its code, where it is TorchScript?
     decoder: a tokenizer trained with train_only=decoder from the checkpoint's, to decode with; null takes the checkpoint's own.
     """
@@ -69,7 +69,7 @@ class PredictOptions:
 class EvaluateOptions:
     """Keys of vidgpt-evaluate.
 
-    clips: windows of the split, spread evenly. context: frames given to the free-running part. rollout_clips: clips it predicts,
+    clips: windows of the split, spread evenly. context: latent frames given to the free-running part. rollout_clips: clips it predicts,
     0 leaves that part out.
     """
 

@@ -1,6 +1,5 @@
 """Predict the next frames of one video file and write everything that shows what was done."""
 
-import json
 import re
 import time
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from vidgpt.options import PredictOptions
 from vidgpt.report import strip_image
 from vidgpt.rollout import Predictor
 from vidgpt.sampling import SamplingOptions
-from vidtok.run.checkpoints import write_text
+from vidtok.folders import OutputFolder
 from vidtok.tokenizer import check_decoder
 from vidtok.video import to_frames, write_png, write_video
 
@@ -33,27 +32,34 @@ def predict_file(options: PredictOptions) -> dict[str, object]:
     Of several samples, prediction.mp4 and frames/ are of the first, prediction_01.mp4 ... of the others. Files of a former
     prediction in that folder are replaced, any other file is left alone. Raises ValueError, before any work where it can.
     """
-    _check_output(options)
+    folder = OutputFolder(Path(options.output), RECORD_FILE, _OURS)
+    folder.check(_file_names(options), input=options.input)
     sampling = SamplingOptions(**asdict(options.sampling))
     predictor = Predictor.from_pretrained(
         options.checkpoint, allow_torchscript=options.allow_torchscript, decoder=options.decoder
     )
     check_decoder(predictor.tokenizer)
     predictor.check_window(options.context, options.future)
-    context = read_context(options.input, predictor.card, options.context, options.future, options.start)
+    # Without the frames in front, ids would say that the video begins here, as few of those that were trained on do.
+    history = predictor.tokenizer.history_frames
+    context = read_context(options.input, predictor.card, options.context, options.future, options.start, history)
     print(context.note)
     actions = _actions(options, predictor, context)
-    tokens = predictor.samples(predictor.encode(context.video), options.samples)
+    encoded = predictor.encode(torch.cat([context.history, context.video], dim=2))
+    front, tokens = (
+        predictor.samples(part, options.samples)
+        for part in encoded.tensor_split([context.history.shape[2] // predictor.card.stride_t], dim=1)
+    )
     started = time.monotonic()
     stream = predictor.stream(tokens, predictor.latent_frames(options.future), options.seed, sampling, options.decoding, actions)
     steps = predictor.latent_frames(options.future)
     future = torch.stack(list(track(stream, description="predicting frames", total=steps, transient=True)), dim=1)
     seconds = time.monotonic() - started
     given = context.video.shape[2]
-    video = predictor.decode(torch.cat([tokens, future], dim=1)).cpu()[:, :, : given + options.future]
-    output = Path(options.output)
-    record = _record(options, predictor, context, seconds)
-    _replace_record(output, record)
+    video = predictor.decode(torch.cat([front, tokens, future], dim=1)).cpu()[:, :, context.history.shape[2] :]
+    video = video[:, :, : given + options.future]
+    record = folder.replace(_file_names(options), _record(options, predictor, context, seconds))
+    output = folder.path
     _write(output, options, predictor, context, video, tokens, future)
     print(
         f"{options.future} frames x {options.samples} in {seconds:.1f} s; see {output / 'strip.png'} and {output / 'prediction.mp4'}"
@@ -62,9 +68,9 @@ def predict_file(options: PredictOptions) -> dict[str, object]:
 
 
 def _file_names(options: PredictOptions) -> list[str]:
-    """Name every file of a prediction, relative to its folder."""
+    """Name every file of a prediction but its record, relative to its folder."""
     videos = [_video_name(sample) for sample in range(options.samples)]
-    return [*videos, *map(_frame_name, range(options.future)), "strip.png", "tokens.safetensors", RECORD_FILE]
+    return [*videos, *map(_frame_name, range(options.future)), "strip.png", "tokens.safetensors"]
 
 
 def _video_name(sample: int) -> str:
@@ -73,39 +79,6 @@ def _video_name(sample: int) -> str:
 
 def _frame_name(index: int) -> str:
     return f"frames/frame_{index:04d}.png"
-
-
-def _former_files(output: Path) -> set[str]:
-    """Name the files that the folder's record says a prediction wrote; none without a record."""
-    try:
-        record = json.loads((output / RECORD_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return set()
-    files = record.get("files") if isinstance(record, dict) else None
-    return {name for name in files if isinstance(name, str) and _OURS.fullmatch(name)} if isinstance(files, list) else set()
-
-
-def _check_output(options: PredictOptions) -> None:
-    """Raise ValueError when writing the output would lose or mix with a file that no prediction wrote, the input above all."""
-    output, source = Path(options.output), Path(options.input).resolve()
-    for place in (output / "frames", output, *output.parents):
-        if place.exists() and not place.is_dir():
-            raise ValueError(f"output={output} cannot be a folder, because {place} is a file: give another output folder")
-    names, former = _file_names(options), _former_files(output)
-    if any(source in (path.resolve(), path.parent.resolve()) for path in (output / name for name in {*names, *former})):
-        raise ValueError(f"input={options.input} lies where output={output} is written: give another output folder")
-    foreign = [output / name for name in names if name not in former and (output / name).exists()]
-    if foreign:
-        raise ValueError(f"{foreign[0]} is there already, and no prediction of this folder wrote it: give another output folder")
-
-
-def _replace_record(output: Path, record: dict[str, object]) -> None:
-    """Delete the files of the former prediction, a longer one perhaps, and say which come instead."""
-    (output / "frames").mkdir(parents=True, exist_ok=True)
-    for name in _former_files(output) - {RECORD_FILE}:
-        (output / name).unlink(missing_ok=True)
-    # Before the files: what an interruption leaves is then known as ours.
-    write_text(output / RECORD_FILE, json.dumps(record, indent=1) + "\n")
 
 
 def _actions(options: PredictOptions, predictor: Predictor, context: Context) -> Tensor | None:
@@ -118,7 +91,9 @@ def _actions(options: PredictOptions, predictor: Predictor, context: Context) ->
     actions = read_actions(options.actions, predictor.layout.num_actions)
     needed = predictor.card.latent_frames_in(context.video.shape[2]) + predictor.latent_frames(options.future)
     if actions.shape[1] != needed:
-        raise ValueError(f"actions {options.actions} has {actions.shape[1]} entries, context and future need {needed}")
+        raise ValueError(
+            f"actions {options.actions} has {actions.shape[1]} entries, context and future need {needed}: give one a latent frame"
+        )
     return actions.expand(options.samples, -1)
 
 
@@ -153,5 +128,4 @@ def _record(options: PredictOptions, predictor: Predictor, context: Context, sec
         "frames_per_second": round(options.future * options.samples / max(seconds, 1e-9), 3),
         "forward_passes_per_frame": future * PLANS[options.decoding].passes_per_frame(predictor.layout) / options.future,
         "torch_version": torch.__version__,
-        "files": _file_names(options),
     }

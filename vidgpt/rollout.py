@@ -13,7 +13,8 @@ from vidgpt.model import VidGPTForCausalLM
 from vidgpt.sampling import SamplingOptions, generators
 from vidtok.card import Card
 from vidtok.folders import load_model, model_folder
-from vidtok.tokenizer import Tokenizer, load_tokenizer
+from vidtok.tokenizer import Tokenizer, check_decoder, load_tokenizer
+from vidtok.video import check_video
 
 
 class Predictor:
@@ -64,7 +65,9 @@ class Predictor:
 
     def check_window(self, context: int, future: int) -> None:
         """Raise ValueError when a context and a future, in pixel frames, exceed the window."""
-        _check_window(max(1, self.card.latent_frames_in(context)), self.latent_frames(future), self.model.config.window)
+        card = self.card
+        given = card.frames_of(max(1, card.latent_frames_in(context)))
+        _check_window(given, future, card.frames_of(self.model.config.window))
 
     def latent_frames(self, frames: int) -> int:
         """Give the latent frames that hold at least `frames` pixel frames of a future."""
@@ -85,14 +88,11 @@ class Predictor:
 
         video: (B, 3, T, H, W) in [-1, 1] at the card's frame size, T = first_frames + k * stride_t of the card, 1 + k * stride_t for
         our own tokenizers. Gives (B, 3, future, H, W) in [-1, 1].
-        actions: (B, t + future) where the model knows actions. first_sequence: number of the first clip, so that clip i of a batch is
-        drawn as it would be alone with first_sequence=i. Raises ValueError when context and future exceed the window.
+        actions: (B, latent frames of context and future) where the model knows actions. first_sequence: number of the first clip, so
+        that clip i of a batch is drawn as it would be alone with first_sequence=i. Raises ValueError, before any work, for another
+        video, a context and future that exceed the window, an unknown plan, wrong actions, and a tokenizer without a decoder.
         """
-        whole = sorted({*self.tokenizer.valid_frames(video.shape[2])})
-        if video.shape[2] not in whole:
-            raise ValueError(
-                f"a context of {video.shape[2]} frames ends inside a latent frame: use {' or '.join(map(str, whole))} frames"
-            )
+        self._check_request(video, future, decoding, actions)
         context = self.encode(video)
         steps = self.latent_frames(future)
         indices = torch.stack(list(self.stream(context, steps, seed, options, decoding, actions, first_sequence)), dim=1)
@@ -133,6 +133,28 @@ class Predictor:
         """Repeat every clip `samples` times, clip-major."""
         return repeat(context, "b ... -> (b s) ...", s=samples)
 
+    def _check_request(self, video: Tensor, future: int, decoding: str, actions: Tensor | None) -> None:
+        """Raise ValueError for what would otherwise show only after the work is done, or not at all."""
+        check_decoder(self.tokenizer)
+        check_video(video)
+        frames, height, width = video.shape[2:]
+        card = self.card
+        if (height, width) != (card.frame_height, card.frame_width):
+            size = (card.frame_height, card.frame_width)
+            raise ValueError(
+                f"frames of {height}x{width} pixels came, this model was trained on {size[0]}x{size[1]}: resize them, for example with "
+                f"read_video(path, size={size})"
+            )
+        whole = sorted({*self.tokenizer.valid_frames(frames)})
+        if frames not in whole:
+            raise ValueError(
+                f"a context of {frames} frames ends inside a latent frame: use {' or '.join(map(str, whole))} frames"
+            )
+        self.check_window(frames, future)
+        _check_plan(decoding)
+        # Leads are made of actions, and refuse wrong ones.
+        self.layout.leads(card.latent_frames_in(frames) + self.latent_frames(future), len(video), actions)
+
 
 def check_model(card: Card, config: VidGPTConfig, name: str) -> None:
     """Raise ValueError when a transformer's config does not fit the card beside it; name: its folder."""
@@ -164,8 +186,7 @@ def stream_tokens(
     Row i draws from the generator (seed, first_sequence + i), whatever its neighbours. actions: (B, t + future) exactly
     where the model was trained with actions. Raises ValueError past the window, for an unknown plan and for wrong actions.
     """
-    if decoding not in PLANS:
-        raise ValueError(f"decoding={decoding!r} is not one of {', '.join(PLANS)}: choose one of these")
+    _check_plan(decoding)
     batch, frames = context.shape[:2]
     _check_window(frames, future, model.config.window)
     layout = model.model.layout
@@ -173,6 +194,11 @@ def stream_tokens(
     prefix = layout.flatten(context.to(model.device), None if actions is None else actions[:, :frames])
     random = generators(seed, batch, model.device, first=first_sequence)
     return PLANS[decoding].decode(model, prefix, leads[:, frames:], options or SamplingOptions(temperature=0.0), random)
+
+
+def _check_plan(decoding: str) -> None:
+    if decoding not in PLANS:
+        raise ValueError(f"decoding={decoding!r} is not one of {', '.join(PLANS)}: choose one of these")
 
 
 def _check_window(frames: int, future: int, window: int) -> None:

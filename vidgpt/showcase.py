@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vidgpt.checkpoint_evaluation import evaluate_checkpoint
+from vidgpt.config import DEFAULT_WINDOW
 from vidgpt.evaluation import TokenReport
 from vidgpt.options import DemoOptions
 from vidgpt.pages import headline, write_demo_report
@@ -19,8 +20,10 @@ from vidgpt.report import strip_image
 from vidgpt.rollout import Predictor
 from vidgpt.training import train_gpt
 from vidtok.card import Card
-from vidtok.data import build_episodes
+from vidtok.config import VidTokConfig
+from vidtok.data import Episode, build_episodes
 from vidtok.encoding import encode_dataset
+from vidtok.padding import valid_frames
 from vidtok.training import train_tokenizer
 from vidtok.video import to_frames, to_video, write_png, write_video
 
@@ -40,6 +43,7 @@ def run_demo(options: DemoOptions, config: Mapping[str, Any]) -> Path:
         )
 
     stage("train the tokenizer", "vidtok-train", f"{options.tokenizer_training.run_dir}/config.yaml")
+    _check_lengths(options)
     train_tokenizer(options.tokenizer_training, options.data, options.tokenizer, config["tokenizer_training"])
     stage("encode the videos", "vidtok-encode")
     encode_dataset(options.encoding, options.data)
@@ -59,6 +63,35 @@ def run_demo(options: DemoOptions, config: Mapping[str, Any]) -> Path:
     return report
 
 
+def _check_lengths(options: DemoOptions) -> None:
+    """Raise ValueError, before the work of hours, for a context and future that cannot be predicted at its end."""
+    stride_t, window = VidTokConfig(**options.tokenizer).stride_t, options.model["window"] or DEFAULT_WINDOW
+    whole = sorted({*valid_frames(options.context, stride_t)})
+    if options.context not in whole:
+        raise ValueError(
+            f"context={options.context} ends inside a latent frame of tokenizer.stride_t={stride_t}: use {' or '.join(map(str, whole))}"
+        )
+    longest = 1 + (window - 1) * stride_t
+    if options.context + options.future > longest:
+        raise ValueError(
+            f"context={options.context} and future={options.future} exceed the {longest} frames of model.window={window}: "
+            "lower one of them, or give a larger model.window"
+        )
+    _held_out_episodes(options)
+
+
+def _held_out_episodes(options: DemoOptions) -> list[Episode]:
+    """Give the validation episodes that are long enough to show. Raises ValueError where there is none."""
+    length = options.context + options.future
+    episodes = [episode for episode in build_episodes(options.data).split("validation") if len(episode.frames) >= length]
+    if not episodes:
+        raise ValueError(
+            f"no held-out episode has the {length} frames of context={options.context} and future={options.future}: "
+            "hold more or longer ones out, or lower these"
+        )
+    return episodes
+
+
 def predict_held_out(options: DemoOptions) -> PixelReport:
     """Predict clips of the validation episodes, spread evenly, greedily."""
     predictor = Predictor.from_pretrained(options.gpt_training.run_dir)
@@ -68,7 +101,7 @@ def predict_held_out(options: DemoOptions) -> PixelReport:
 
 def held_out_clips(options: DemoOptions) -> tuple[Tensor, Tensor]:
     """Give clips (B, 3, context + future, H, W) and their actions (B, context + future)."""
-    episodes = build_episodes(options.data).split("validation")
+    episodes = _held_out_episodes(options)
     length = options.context + options.future
     per_episode = -(-options.pixel_clips // len(episodes))
     videos, actions = [], []

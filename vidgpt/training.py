@@ -1,6 +1,8 @@
 """Training of the transformer: one visible loop."""
 
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,7 @@ def train_gpt(options: TrainGPTOptions, model: Mapping[str, Any], config: Mappin
         def save(folder: Path) -> None:
             save_model(runner.unwrap(network), folder)
             card.save(folder)
-            if (Path(options.tokens) / "tokenizer").is_dir():
-                copy_folder(Path(options.tokens) / "tokenizer", folder / "tokenizer")
+            _add_tokenizer(folder / "tokenizer", runner.path / "model" / "tokenizer", Path(options.tokens) / "tokenizer")
 
         for step, batches in runner.steps(clips):
             logs = runner.update(network, optimizer, batches, compute_loss)
@@ -94,9 +95,29 @@ def evaluate_gpt(
     return {name: float(value) for name, key in names.items() if (value := figures[key]) is not None}
 
 
+def _add_tokenizer(target: Path, former: Path, source: Path) -> None:
+    """Put the tokenizer into a model folder: that of the model before it, which costs no disk, at first that of the tokens, if any."""
+    if former.is_dir():
+        shutil.copytree(former, target, copy_function=_link)
+    elif source.is_dir():
+        copy_folder(source, target)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # A disk without hard links.
+        shutil.copyfile(source, target)
+
+
 def _with_window(options: TrainGPTOptions, model: Mapping[str, Any]) -> dict[str, Any]:
     """Choose the window where the user did not. Raises ValueError for one that no clip fills."""
     longest = longest_row(options.tokens, "train")
+    if longest < 2:
+        raise ValueError(
+            f"the training clips of {options.tokens} have one latent frame, and nothing to predict: encode longer clips"
+        )
     window = model.get("window") or min(DEFAULT_WINDOW, longest)
     if window > longest:
         raise ValueError(

@@ -142,8 +142,11 @@ class Adversary:
             f"gan: {options.dimensions}-D patch discriminator, parameters: {count:,}, lr {options.lr:.2e}; it trains after step "
             f"{options.start} and reaches the tokenizer after step {enters}, fully at {enters + options.ramp_steps}"
         )
-        horizon = self._runner.options.max_steps
-        return text + (f" (never: this run ends at {horizon})" if horizon is not None and horizon <= enters else "")
+        horizon, minutes = self._runner.planned_steps or self._runner.options.max_steps, self._runner.options.max_minutes
+        if horizon is not None and horizon <= enters:
+            return f"{text} (never: this run ends at {horizon})"
+        is_open = minutes is not None and self._runner.planned_steps is None
+        return text + (f" (never, should no more steps fit into {minutes} minutes)" if is_open else "")
 
     def _discriminator_loss(self, network: nn.Module, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         options, module = self.options, self.discriminator

@@ -60,10 +60,13 @@ def bench_tokenizer(options: BenchTokenizerOptions) -> dict[str, Any]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _load(options).to(device)
-    _fill_codebook(model)
+    weights = "random" if options.checkpoint is None else "trained"
+    if not model.quantizer.is_filled:
+        weights += ", codebook of noise"
+        _fill_codebook(model)
     video = _noise((options.batch_size, 3, options.frames, *options.size)).to(device)
     compared = variants(options)
-    result = _describe(options, model, video)
+    result = {"weights": weights, **_describe(options, model, video)}
     flops = {part: result[f"{part}_flops_per_frame"] for part in PARTS}
     try:
         result |= _time(model, video, compared, options.repeats, flops)
@@ -89,12 +92,11 @@ def _noise(shape: Sequence[int]) -> Tensor:
 
 
 def _fill_codebook(model: VidTokModel) -> None:
-    """Give a codebook that is made from data something to be made from: an untrained preset has none to encode with."""
-    if not model.quantizer.is_filled:
-        side = 16 * model.config.stride_s
-        with torch.no_grad():
-            model.train()(_noise((4, 3, 1 + model.config.stride_t, side, side)).to(model.device))
-        model.eval()
+    """Give a codebook that is made from data something to be made from: an untrained one has no codes to encode with."""
+    side = 16 * model.config.stride_s
+    with torch.no_grad():
+        model.train()(_noise((4, 3, 1 + model.config.stride_t, side, side)).to(model.device))
+    model.eval()
 
 
 def _prepared(model: VidTokModel, variant: Variant) -> VidTokModel:
@@ -183,7 +185,8 @@ def _print(result: Mapping[str, Any], path: Path) -> None:
         table.add_row(*cells)
     parameters = ", ".join(f"{name} {count:,}" for name, count in result["parameters"].items() if count)
     height, width = result["size"]
-    print(f"{result['device']}; {result['batch_size']} x {result['frames']} frames of {height}x{width}; parameters: {parameters}")
+    print(f"{result['device']}; {result['batch_size']} x {result['frames']} frames of {height}x{width}")
+    print(f"weights: {result['weights']}; parameters: {parameters}")
     for part in PARTS:
         peak = result[f"{part}_fp32_peak_tensors_mebibytes"]
         print(f"{part}: {result[f'{part}_flops_per_frame'] / 1e6:.1f} MFLOP a frame, {peak:.1f} MiB of tensors at most in fp32")

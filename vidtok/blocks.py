@@ -202,6 +202,8 @@ class Pyramid(nn.Module):
     ) -> None:
         super().__init__()
         self.kernel, self.num_blocks, self.scale = kernel, num_blocks, 2.0 if resample is Downsample else 0.5
+        # How many latent frames before its own an output depends on.
+        self.latents_back = (CausalTimeConv.kernel - 1) * num_blocks * len(widths) if is_temporal else 0
         changes = [None, *(resample(*pair) for pair in pairwise(widths))]
         self.conv_in = nn.Conv2d(channels_in, widths[0], kernel, padding=kernel // 2)
         self.levels = nn.ModuleList(

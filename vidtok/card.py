@@ -27,9 +27,18 @@ _MADE_BY = (
     "frame_width",
     "num_actions",
 )
-_MADE_OF = ("data_name", "manifest_hash", "clip_frames", "clip_hop")
+_MADE_OF = ("data_name", "manifest_hash", "clip_frames", "clip_hop", "precision")
+_SIZES = ("codebook_size", "grid_height", "grid_width", "first_frames", "stride_t", "stride_s", "frame_height", "frame_width")
+_COUNTS = ("num_actions", "clip_frames", "clip_hop", "rows", "frames")
 # What the first cards of this format did not say.
-_LATER: dict[str, Any] = {"encoder_fingerprint": "", "clip_frames": 0, "clip_hop": 0, "first_frames": 1, "codebook_factors": []}
+_LATER: dict[str, Any] = {
+    "encoder_fingerprint": "",
+    "clip_frames": 0,
+    "clip_hop": 0,
+    "first_frames": 1,
+    "codebook_factors": [],
+    "precision": "fp32",
+}
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,8 @@ class Card:
     first_frames: pixel frames that a row's first latent frame stands for; every later one stands for stride_t.
     frame_height, frame_width: of the frames that came; the grid covers them and may exceed them.
     num_actions: 0 where no actions are recorded. clip_frames, clip_hop: pixel frames of a row, and from one row's start to the next;
-    0 in cards that did not record them yet. splits: rows of each split; rows, frames (pixel frames) and splits count
-    only once complete is true.
+    0 in cards that did not record them yet. precision: fp32 or bf16, which the tokenizer computed in.
+    splits: rows of each split; rows, frames (pixel frames) and splits count only once complete is true.
     """
 
     tokenizer_fingerprint: str
@@ -62,6 +71,7 @@ class Card:
     first_frames: int = 1
     encoder_fingerprint: str = ""
     codebook_factors: list[int] = field(default_factory=list)
+    precision: str = "fp32"
     complete: bool = False
     rows: int = 0
     frames: int = 0
@@ -69,17 +79,32 @@ class Card:
     format_version: int = CARD_FORMAT
 
     def __post_init__(self) -> None:
-        """Fill the factors of one codebook in. Raises ValueError for factors of another product, and for times below 1."""
+        """Fill the factors of one codebook in. Raises ValueError for what no tokens can be made of."""
         if not self.codebook_factors:
             object.__setattr__(self, "codebook_factors", [self.codebook_size])
-        if math.prod(self.codebook_factors) != self.codebook_size:
-            raise ValueError(
-                f"codebook_factors={self.codebook_factors} do not multiply to codebook_size={self.codebook_size}: encode the data again"
-            )
-        if min(self.first_frames, self.stride_t) < 1:
-            raise ValueError(
-                f"first_frames={self.first_frames} and stride_t={self.stride_t} must be 1 or more: encode the data again"
-            )
+        wrong = self._wrong()
+        if wrong:
+            raise ValueError(f"{wrong}: encode the data again")
+
+    def _wrong(self) -> str:
+        """Say what cannot be, or nothing."""
+        for names, least in ((_SIZES, 1), (_COUNTS, 0)):
+            for name in names:
+                if getattr(self, name) < least:
+                    return f"{name}={getattr(self, name)} must be {least} or more"
+        if min(self.codebook_factors) < 1 or math.prod(self.codebook_factors) != self.codebook_size:
+            return f"codebook_factors={self.codebook_factors} do not multiply to codebook_size={self.codebook_size}"
+        if not 0 < self.fps < math.inf:
+            return f"fps={self.fps} is no number of frames a second above 0"
+        for side in ("height", "width"):
+            frame, grid = getattr(self, f"frame_{side}"), getattr(self, f"grid_{side}")
+            if grid != -(-frame // self.stride_s):
+                return f"grid_{side}={grid} does not cover frame_{side}={frame} in tokens of stride_s={self.stride_s} pixels"
+        if self.precision not in ("fp32", "bf16"):
+            return f"precision={self.precision} is none that tokens are made in, fp32 or bf16"
+        if any(rows < 0 for rows in self.splits.values()):
+            return f"splits={self.splits} must count 0 rows or more"
+        return ""
 
     @property
     def value_dtype(self) -> str:

@@ -89,6 +89,7 @@ class Entry:
 
     def _compose_and_run(self, given: list[str]) -> None:
         flags, overrides = _split(given)
+        self._check_chosen(overrides)
         self.register()
         # The job name is only a label; without it Hydra takes this module's.
         overrides = [*QUIET, f"hydra.job.name={self.command}", *(self._with_folder(word) for word in overrides)]
@@ -119,6 +120,15 @@ class Entry:
             if config[key] is not None and group not in named:
                 config[group] = {name: value for name, value in config[group].items() if f"{group}.{name}" in named}
         self.run(_with_paths({str(key): value for key, value in config.items()}))
+
+    def _check_chosen(self, overrides: Sequence[str]) -> None:
+        """Refuse a key of a group of another folder whose preset was not chosen: Hydra knows no key there."""
+        named = [override.lstrip("+~").partition("=")[0] for override in overrides]
+        for group in self.folders:
+            inner = [name for name in named if name.startswith(f"{group}.")]
+            if inner and group not in named:
+                names = ", ".join(self._presets()[group])
+                raise ValueError(f"{inner[0]} is given without {group}=NAME: give {group}=NAME too, one of {names}")
 
     def _with_folder(self, override: str) -> str:
         """Turn tokenizer=emu3 into Hydra's pretrained@tokenizer=emu3 where that key's presets lie in conf/pretrained/."""

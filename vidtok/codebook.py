@@ -32,6 +32,8 @@ class CodebookMonitor:
 
     factors: the tokenizer's codebook_factors. quantizer: its kind, which decides what a warning recommends.
     Holds 4 bytes for each token of the window and each code, in every codebook. Raises ValueError for continuous latents.
+    No checkpoint keeps it: nothing that trains reads it, every process has its own, and a resumed run's figures say of how many
+    tokens they are.
     """
 
     def __init__(self, factors: Sequence[int], window_tokens: int = 1_000_000, quantizer: str = "vq") -> None:

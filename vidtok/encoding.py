@@ -12,14 +12,17 @@ from torch import Tensor
 from vidtok.card import Card
 from vidtok.data import Episode, EpisodeSet, build_episodes
 from vidtok.data.episodes import write_rejects
+from vidtok.health.seams import Coder, check_tiles
 from vidtok.options import EncodeOptions
-from vidtok.tokenizer import Tokenizer, choose_tokenizer, encode_pieces, encodes_in_pieces, save_tokenizer
+from vidtok.run.processes import in_precision, uses_bf16
+from vidtok.tokenizer import Tokenizer, choose_tokenizer, encode_stream, encodes_in_pieces, save_tokenizer
 from vidtok.tokens import TokenRow, TokenWriter
 from vidtok.video import to_video
 
 ROW_LATENT_FRAMES = 1024
 # Of a tokenizer that must see a row's frames all at once.
 ROW_LATENT_FRAMES_AT_ONCE = 17
+FRAMES_READ_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,10 @@ def encode_dataset(options: EncodeOptions, data: Mapping[str, Any]) -> Path:
         raise ValueError(f"output={output} cannot be a folder, because it is a file: give another output folder")
     tokenizer = choose_tokenizer(options.checkpoint, options.tokenizer)
     tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
+    check_tiles(Coder(tokenizer), options.tile)
     episodes = build_episodes(data)
     length, hop = clip_shape(tokenizer, options)
-    card = _card(tokenizer, episodes, length, hop)
+    card = _card(tokenizer, episodes, length, hop, "bf16" if uses_bf16(options.precision, tokenizer.device) else "fp32")
     segments = list(cut_segments(episodes, card))
     with TokenWriter(output, card, options.rows_per_shard) as writer:
         write_rejects(output / "rejects.csv", episodes.rejects)
@@ -54,7 +58,7 @@ def encode_dataset(options: EncodeOptions, data: Mapping[str, Any]) -> Path:
         with Progress(transient=True) as progress:
             task = progress.add_task("encoding", total=len(segments), completed=writer.rows_done)
             for segment in segments[writer.rows_done :]:
-                writer.add(_row(tokenizer, segment, options.batch_frames))
+                writer.add(_row(tokenizer, segment, options))
                 progress.advance(task)
         writer.finish()
     frames = sum(segment.frames for segment in segments)
@@ -89,25 +93,28 @@ def cut_segments(episodes: EpisodeSet, card: Card) -> Iterator[Segment]:
                 yield Segment(episode, first, card.frames_of(latent_frames))
 
 
-def _row(tokenizer: Tokenizer, segment: Segment, batch_frames: int) -> TokenRow:
+def _row(tokenizer: Tokenizer, segment: Segment, options: EncodeOptions) -> TokenRow:
     episode, end = segment.episode, segment.first + segment.frames
+    count = options.chunk_frames or FRAMES_READ_AT_ONCE
 
     def pieces() -> Iterator[Tensor]:
-        for at in range(segment.first, end, batch_frames):
-            yield to_video(episode.frames[at : min(at + batch_frames, end)])[None].to(tokenizer.device)
+        for at in range(segment.first, end, count):
+            yield to_video(episode.frames[at : min(at + count, end)])[None].to(tokenizer.device)
 
+    with in_precision(options.precision, tokenizer.device):
+        indices = torch.cat(list(encode_stream(tokenizer, pieces(), options.chunk_frames, options.tile)), dim=1)
     actions = None if episode.actions is None else torch.as_tensor(episode.actions[segment.first : end])
     return TokenRow(
         source=episode.source,
         start=episode.start + segment.first / episode.fps,
         split=episode.split,
         frames=segment.frames,
-        indices=encode_pieces(tokenizer, pieces())[0].cpu(),
+        indices=indices[0].cpu(),
         actions=actions if tokenizer.stride_t == 1 else None,
     )
 
 
-def _card(tokenizer: Tokenizer, episodes: EpisodeSet, length: int, hop: int) -> Card:
+def _card(tokenizer: Tokenizer, episodes: EpisodeSet, length: int, hop: int, precision: str) -> Card:
     if tokenizer.codebook_size < 1:
         raise ValueError("this tokenizer has continuous latents and no ids: give one with a codebook, such as quantizer=fsq")
     height, width, stride = episodes.height, episodes.width, tokenizer.stride_s
@@ -135,4 +142,5 @@ def _card(tokenizer: Tokenizer, episodes: EpisodeSet, length: int, hop: int) -> 
         manifest_hash=episodes.manifest_hash,
         clip_frames=length,
         clip_hop=hop,
+        precision=precision,
     )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from vidtok.config import TRAINING_ONLY
+
 # Those of the first format. An option that came later counts where it differs from its default, which means what was before it:
 # so a model of then keeps its name.
 _FIRST_OPTIONS = {
@@ -18,10 +20,7 @@ _FIRST_OPTIONS = {
     *("vq_kmeans_init", "commitment_weight", "dead_code_ratio"),
 }
 # The decoder's, and what only says how to train; an option that is not named here counts.
-_WITHOUT_EFFECT_ON_INDICES = {
-    *("decoder_blocks", "temporal_decoder"),
-    *("vq_decay", "vq_kmeans_init", "dead_code_ratio", "commitment_weight", "entropy_weight", "kl_weight"),
-}
+_WITHOUT_EFFECT_ON_INDICES = {"decoder_blocks", "temporal_decoder"} | TRAINING_ONLY
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -1,13 +1,18 @@
-"""Trained folders on disk: finding the model in a run folder, loading and saving without noise."""
+"""Folders on disk: finding the model in a run folder, loading and saving without noise; what a command may write over."""
 
 import json
+import re
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
+
+from vidtok.run.checkpoints import write_text
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -40,10 +45,9 @@ def model_folder(path: str | Path, model_type: str) -> Path:
         raise ValueError(
             f"{path} holds a model of type {found.get('model_type')!r}, not {model_type!r}: give one that {_WRITERS[model_type]} wrote"
         )
-    if found.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format {found['format_version']}, this version reads up to {FORMAT_VERSION}: update the package"
-        )
+    version = found.get("format_version", FORMAT_VERSION)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(f"{path} has format {version!r}, this version reads up to {FORMAT_VERSION}: update the package")
     return folder
 
 
@@ -88,6 +92,61 @@ def copy_folder(source: Path, target: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.suffix in (".json", ".safetensors", ".jit"):
             shutil.copyfile(file, target / file.name)
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """Where a command writes: it replaces what an earlier run of its own wrote there, and no other file.
+
+    record: the JSON file in it whose "files" lists what that run wrote. ours: all that such a list may name, for it is read from disk
+    and what it names is deleted.
+    """
+
+    path: Path
+    record: str
+    ours: re.Pattern[str]
+
+    def check(self, names: Sequence[str], **inputs: str | None) -> None:
+        """Raise ValueError when writing these files would lose one that no earlier run wrote, an input above all.
+
+        names: relative to the folder. inputs: file or folder that each key names.
+        """
+        for place in (*sorted({(self.path / name).parent for name in names}, reverse=True), self.path, *self.path.parents):
+            if place.exists() and not place.is_dir():
+                raise ValueError(f"output={self.path} cannot be a folder, because {place} is a file: give another output folder")
+        names, former = [*names, self.record], self._former()
+        written = [(self.path / name).resolve() for name in {*names, *former}]
+        for key, value in inputs.items():
+            source = Path(value).expanduser().resolve() if value else None
+            if any(source in (path, path.parent) for path in written):
+                raise ValueError(f"{key}={value} lies where output={self.path} is written: give another output folder")
+        foreign = [self.path / name for name in names if name not in former and (self.path / name).exists()]
+        if foreign:
+            run = Path(self.record).stem
+            raise ValueError(f"{foreign[0]} is there already, and no {run} of this folder wrote it: give another output folder")
+
+    def replace(self, names: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
+        """Delete what the earlier run wrote, and record values and what comes instead; gives the record.
+
+        Before the files themselves: what an interruption leaves is then known as ours.
+        """
+        for name in self._former() - {self.record}:
+            (self.path / name).unlink(missing_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        record = {**values, "files": [*names, self.record]}
+        write_text(self.path / self.record, json.dumps(record, indent=1) + "\n")
+        return record
+
+    def _former(self) -> set[str]:
+        """Name the files that the record says an earlier run wrote; none without a record."""
+        try:
+            record = json.loads((self.path / self.record).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return set()
+        files = record.get("files") if isinstance(record, dict) else None
+        return (
+            {name for name in files if isinstance(name, str) and self.ours.fullmatch(name)} if isinstance(files, list) else set()
+        )
 
 
 def _read_config(folder: Path) -> dict:

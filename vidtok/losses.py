@@ -71,7 +71,7 @@ def reconstruction_loss(
         }
         if lpips is not None:
             terms["lpips"] = lambda: lpips.of_clips(reconstruction, video, options.lpips_frames)
-        weights = {name: float(getattr(options, f"{name}_weight")) for name in terms}
+        weights = {name: 1.0 if (weight := getattr(options, f"{name}_weight")) is None else float(weight) for name in terms}
         found = {name: term() for name, term in terms.items() if weights[name]}
         return torch.stack([weights[name] * value for name, value in found.items()]).sum(), found
 

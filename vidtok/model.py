@@ -1,10 +1,10 @@
 """VidTokModel: clips to codebook indices and back, causal in time.
 
 Unusual: time is compressed by folding patches (the first frame alone), so everything after runs at the latent frame rate. Layers
-that look back keep what they need in a StreamState that the caller owns, so a long clip in chunks gives what it gives whole.
+that look back keep what they need in a StreamState that the caller owns, so a long clip in parts gives what it gives whole.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,8 @@ from vidtok.config import VidTokConfig
 from vidtok.fingerprint import encoder_fingerprint, fingerprint
 from vidtok.padding import grid_for, pad_clip, trim_clip, valid_frames
 from vidtok.quantizer import build_quantizer, refill_buffers
-from vidtok.streaming import StreamState, in_chunks, latents_at_once, regroup
-from vidtok.tiling import run_tiled
+from vidtok.streaming import StreamState, carrying, check_follows, in_parts, inference, joined, latents_at_once, regroup, uniform
+from vidtok.tiling import run_tiled, tile_cells
 from vidtok.video import check_video
 
 
@@ -58,15 +58,9 @@ class VidTokModel(PreTrainedModel):
         )  # fmt: skip
         self.quantizer = quantizer
         self.decoder = Pyramid(
-            quantizer.channels_out,
-            widths[::-1],
-            channels,
-            config.decoder_blocks,
-            3,
-            config.decoder_looks_back,
-            config.norm,
-            Upsample,
-        )
+            quantizer.channels_out, widths[::-1], channels, config.decoder_blocks, 3,
+            config.decoder_looks_back, config.norm, Upsample,
+        )  # fmt: skip
         self.post_init()
 
     @torch.no_grad()
@@ -102,6 +96,17 @@ class VidTokModel(PreTrainedModel):
         """Sizes of the codebooks whose digits make an id: vidtok.digits."""
         return self.config.codebook_factors
 
+    @property
+    def is_framewise(self) -> bool:
+        """Whether each frame is coded by itself, so that frames may be coded in any grouping."""
+        return self.stride_t == 1 and not (self.config.encoder_looks_back or self.config.decoder_looks_back)
+
+    @property
+    def history_frames(self) -> int:
+        """Frames that a clip's ids depend on in front of it, inside a longer video: whole steps of time, one more than layers look back."""
+        back = self.encoder.latents_back
+        return (back + 1) * self.stride_t if back or self.stride_t > 1 else 0
+
     def valid_frames(self, frames: int) -> tuple[int, int]:
         """Give the nearest frame counts that need no padding: at most, and at least, `frames`."""
         return valid_frames(frames, self.stride_t)
@@ -113,7 +118,7 @@ class VidTokModel(PreTrainedModel):
     def forward(self, video: Tensor, is_quantized: bool = True) -> VidTokOutput:
         """Reconstruct clips with gradients.
 
-        video: (B, 3, T, H, W) in [-1, 1], of a size that needs no padding. is_quantized=False lets the latents pass as they are
+        video: (B, 3, T, H, W) in [-1, 1], of a size that needs no padding. is_quantized=False lets the latents pass unrounded
         (warm-up of training).
         """
         latents = self.encoder(self.patchify(video))
@@ -123,7 +128,6 @@ class VidTokModel(PreTrainedModel):
         reconstruction = self.patchify.inverse(self.decoder(quantized.codes.to(latents.dtype)))
         return VidTokOutput(reconstruction, quantized.indices, quantized.loss, quantized.terms)
 
-    @torch.no_grad()
     def encode(
         self, video: Tensor, chunk_frames: int | None = None, tile: int | None = None, overlap: int | None = None
     ) -> Tensor:
@@ -135,12 +139,8 @@ class VidTokModel(PreTrainedModel):
         Leaves the model and its codebook unchanged. Raises ValueError on a wrong range or rank, and for continuous latents.
         Source: MAGVIT-v2, arXiv:2310.05737, section 3.
         """
-        self._check_discrete()
-        latents = self._latents(video, chunk_frames, tile, overlap)
-        with _evaluation(self):
-            return self.quantizer(latents).indices
+        return torch.cat(list(self.stream_encode([video], chunk_frames, tile, overlap)), dim=1)
 
-    @torch.no_grad()
     def decode(
         self,
         indices: Tensor,
@@ -153,10 +153,8 @@ class VidTokModel(PreTrainedModel):
 
         size: (T, H, W) that was encoded, to cut the padding off. Other keys as in encode. Raises ValueError on ids outside the codebook.
         """
-        self._check_discrete()
-        return self._video(self._codes(indices), size, chunk_frames, tile, overlap)
+        return self.decode_latents(self._codes(indices), size, chunk_frames, tile, overlap)
 
-    @torch.no_grad()
     def reconstruct(self, video: Tensor) -> Tensor:
         """Give what decoding an encoding gives, of the video's size."""
         size = (video.shape[2], video.shape[3], video.shape[4]) if video.ndim == 5 else None
@@ -164,14 +162,12 @@ class VidTokModel(PreTrainedModel):
             return self.decode(self.encode(video), size)
         return self.decode_latents(self.encode_latents(video), size)
 
-    @torch.no_grad()
     def encode_latents(
         self, video: Tensor, chunk_frames: int | None = None, tile: int | None = None, overlap: int | None = None
     ) -> Tensor:
         """Give the continuous latents (B, D, t, h, w) before quantisation, of a KL tokenizer the mean; keys as in encode."""
-        return self.quantizer.bypass(self._latents(video, chunk_frames, tile, overlap))
+        return torch.cat(list(self.stream_encode_latents([video], chunk_frames, tile, overlap)), dim=2)
 
-    @torch.no_grad()
     def decode_latents(
         self,
         latents: Tensor,
@@ -181,9 +177,10 @@ class VidTokModel(PreTrainedModel):
         overlap: int | None = None,
     ) -> Tensor:
         """Give the clips (B, 3, T, H, W) in [-1, 1], fp32, of codes or continuous latents (B, D, t, h, w); keys as in decode."""
-        return self._video(latents, size, chunk_frames, tile, overlap)
+        self._check_latents(latents)
+        frames = 1 + (latents.shape[2] - 1) * self.stride_t
+        return trim_clip(joined(self._videos(latents, [], chunk_frames, tile, overlap), frames), size)
 
-    @torch.no_grad()
     def encode_chunk(self, video: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
         """Encode the next frames of a clip: 1 + k * stride_t without a state (the clip's start), k * stride_t with one.
 
@@ -198,35 +195,50 @@ class VidTokModel(PreTrainedModel):
                 f"a chunk of {frames} frames of {height}x{width} does not fit stride_t={self.stride_t} and stride_s={self.stride_s}: give "
                 f"{'1 + ' if is_start else ''}k * {self.stride_t} frames whose sides are multiples of {self.stride_s}"
             )
-        with _evaluation(self):
-            latents, state = self._encode_step(video, state)
-            return self.quantizer(latents).indices, state
+        states = [] if state is None else [state]
+        indices = torch.cat([self._indices(latents) for latents in self._latents(video, states)], dim=1)
+        return indices, states[0]
 
-    @torch.no_grad()
     def decode_chunk(self, indices: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
         """Decode the next latent frames (B, n, h, w): 1 + (n - 1) * stride_t frames without a state, n * stride_t with one."""
-        self._check_discrete()
-        with _evaluation(self):
-            return self._decode_step(self._codes(indices), state)
+        codes, states = self._codes(indices), [] if state is None else [state]
+        frames = codes.shape[2] * self.stride_t - (self.stride_t - 1 if state is None else 0)
+        return joined(self._videos(codes, states), frames), states[0]
 
-    def stream_encode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield indices (B, n, h, w) of a video of unknown length that comes as (B, 3, m, H, W), any m.
+    def stream_encode(
+        self, chunks: Iterable[Tensor], chunk_frames: int | None = None, tile: int | None = None, overlap: int | None = None
+    ) -> Iterator[Tensor]:
+        """Yield indices (B, n, h, w) of a video of unknown length that comes as (B, 3, m, H, W), any m, one B, H and W; keys as in encode.
 
-        Equal to encode of the whole; memory goes by the largest m, not by the length.
-        Frames of other sides are padded; the last step of time too.
+        Equal to encode of the whole; beside the chunks, memory goes neither by m nor by the length. The right, bottom and end are padded.
         """
-        state: StreamState | None = None
-        for video in regroup(chunks, self.stride_t):
-            _, h, w = self.grid_for(*video.shape[2:])
-            indices, state = self.encode_chunk(pad_clip(video, video.shape[2], h * self.stride_s, w * self.stride_s), state)
-            yield indices
+        self._check_discrete()
+        for latents in self._stream_latents(chunks, chunk_frames, tile, overlap):
+            yield self._indices(latents)
 
-    def stream_decode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield clips (B, 3, m, H, W) of indices that come as (B, n, h, w), any n; equal to decode of the whole."""
-        state: StreamState | None = None
-        for indices in chunks:
-            video, state = self.decode_chunk(indices, state)
-            yield video
+    def stream_decode(
+        self, chunks: Iterable[Tensor], chunk_frames: int | None = None, tile: int | None = None, overlap: int | None = None
+    ) -> Iterator[Tensor]:
+        """Yield clips (B, 3, m, H, W) of indices that come as (B, n, h, w), any n; equal to decode of the whole. Keys as in encode."""
+        return self.stream_decode_latents(map(self._codes, chunks), chunk_frames, tile, overlap)
+
+    def stream_encode_latents(
+        self, chunks: Iterable[Tensor], chunk_frames: int | None = None, tile: int | None = None, overlap: int | None = None
+    ) -> Iterator[Tensor]:
+        """Yield what encode_latents gives, (B, D, n, h, w), of a video that comes as (B, 3, m, H, W); see stream_encode."""
+        for latents in self._stream_latents(chunks, chunk_frames, tile, overlap):
+            with inference(self):
+                passed = self.quantizer.bypass(latents)
+            yield passed
+
+    def stream_decode_latents(
+        self, chunks: Iterable[Tensor], chunk_frames: int | None = None, tile: int | None = None, overlap: int | None = None
+    ) -> Iterator[Tensor]:
+        """Yield clips (B, 3, m, H, W) of what decode_latents takes, in chunks (B, D, n, h, w); see stream_decode."""
+        states: list[StreamState] = []
+        for latents in uniform(chunks):
+            self._check_latents(latents)
+            yield from self._videos(latents, states, chunk_frames, tile, overlap)
 
     def fingerprint(self) -> str:
         """Give 16 hex digits that name these weights and this architecture."""
@@ -236,100 +248,99 @@ class VidTokModel(PreTrainedModel):
         """Give 16 hex digits that name what decides over indices: encoder and codebook, not the decoder."""
         return encoder_fingerprint(self)
 
-    def _latents(self, video: Tensor, chunk_frames: int | None, tile: int | None = None, overlap: int | None = None) -> Tensor:
-        check_video(video)
-        _, h, w = self.grid_for(*video.shape[2:])
-        video = pad_clip(video, self.valid_frames(video.shape[2])[1], h * self.stride_s, w * self.stride_s)
+    def _stream_latents(
+        self, chunks: Iterable[Tensor], chunk_frames: int | None, tile: int | None, overlap: int | None
+    ) -> Iterator[Tensor]:
+        states: list[StreamState] = []
+        for video in regroup(chunks, self.stride_t):
+            yield from self._latents(video, states, chunk_frames, tile, overlap)
 
-        def work(part: Tensor) -> Tensor:
-            steps = self._steps_at_once(part.shape[3:], chunk_frames, len(part))
-            first = 1 + (steps - 1) * self.stride_t
-            return torch.cat(list(in_chunks(self._encode_step, part, first, steps * self.stride_t)), dim=2)
-
-        with _evaluation(self):
-            if tile is None:
-                return work(video)
-            reach = self.encoder.reach(self.config.patch_s)
-            cells, overlap, _ = self._tile(tile, overlap, reach)
-            return run_tiled(work, video, (h, w), (self.stride_s, 1), cells, overlap, 0)
-
-    def _video(
+    def _latents(
         self,
-        codes: Tensor,
-        size: tuple[int, int, int] | None,
-        chunk_frames: int | None,
+        video: Tensor,
+        states: list[StreamState],
+        chunk_frames: int | None = None,
         tile: int | None = None,
         overlap: int | None = None,
-    ) -> Tensor:
-        def work(part: Tensor) -> Tensor:
-            sides = [side * self.stride_s for side in part.shape[3:]]
-            steps = self._steps_at_once(sides, chunk_frames, len(part))
-            return torch.cat(list(in_chunks(self._decode_step, part, steps, steps)), dim=2)
+    ) -> Iterator[Tensor]:
+        """Yield the encoder's latents (B, D, n, h, w) of a clip's next frames, part by part; states of its tiles: empty at its start."""
+        check_video(video)
+        _, *cells = self.grid_for(*video.shape[2:])
+        size, around, _ = tile_cells(tile, overlap, self.encoder.reach(self.config.patch_s), self.stride_s)
+        later = self._steps_at_once(cells, size + 2 * around, chunk_frames, len(video)) * self.stride_t
+        for part in in_parts(video, later if states else later - self.stride_t + 1, later):
+            work = carrying(self._encode_step, states)
+            yield run_tiled(work, part, (cells[0], cells[1]), (self.stride_s, 1), size, around, 0)
 
-        with _evaluation(self):
-            if tile is None:
-                return trim_clip(work(codes), size)
-            cells, overlap, ramp = self._tile(tile, overlap, self.decoder.reach(self.stride_s))
-            height, width = codes.shape[3:]
-            return trim_clip(run_tiled(work, codes, (height, width), (1, self.stride_s), cells, overlap, ramp), size)
+    def _videos(
+        self,
+        latents: Tensor,
+        states: list[StreamState],
+        chunk_frames: int | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield the frames (B, 3, m, H, W) of a clip's next latents, part by part; states as in _latents."""
+        height, width = latents.shape[3:]
+        size, around, ramp = tile_cells(tile, overlap, self.decoder.reach(self.stride_s), self.stride_s)
+        for part in latents.split(self._steps_at_once((height, width), size + 2 * around, chunk_frames, len(latents)), dim=2):
+            yield run_tiled(carrying(self._decode_step, states), part, (height, width), (1, self.stride_s), size, around, ramp)
 
     def _encode_step(self, video: Tensor, state: StreamState | None) -> tuple[Tensor, StreamState]:
-        memory = Memory(None if state is None else state.tensors)
-        latents = self.encoder(self.patchify(video.to(self.device, self.dtype), state is None), memory)
-        return latents, StreamState(tuple(memory.kept))
+        """Give latents of frames of any size, padded to whole tokens, and what to keep of them."""
+        size = check_follows(video, state)
+        grid = self.grid_for(*video.shape[2:])
+        frames = self.valid_frames(video.shape[2])[1] if state is None else -(-video.shape[2] // self.stride_t) * self.stride_t
+        with inference(self):
+            video = pad_clip(video, frames, grid[1] * self.stride_s, grid[2] * self.stride_s).to(self.device, self.dtype)
+            memory = Memory(None if state is None else state.tensors)
+            latents = self.encoder(self.patchify(video, state is None), memory)
+        return latents, StreamState(size, tuple(memory.kept))
 
     def _decode_step(self, codes: Tensor, state: StreamState | None) -> tuple[Tensor, StreamState]:
-        memory = Memory(None if state is None else state.tensors)
-        patches = self.decoder(codes.to(self.device, self.dtype), memory)
-        return self.patchify.inverse(patches, state is None).float().clamp(-1, 1), StreamState(tuple(memory.kept))
+        size = check_follows(codes, state)
+        with inference(self):
+            memory = Memory(None if state is None else state.tensors)
+            patches = self.decoder(codes.to(self.device, self.dtype), memory)
+            video = self.patchify.inverse(patches, state is None).float().clamp(-1, 1)
+        return video, StreamState(size, tuple(memory.kept))
+
+    def _indices(self, latents: Tensor) -> Tensor:
+        with inference(self):
+            return self.quantizer(latents).indices
 
     def _codes(self, indices: Tensor) -> Tensor:
-        if indices.ndim != 4:
-            raise ValueError(f"indices have shape {tuple(indices.shape)}, not (B, t, h, w): add or remove axes")
-        return self.quantizer.decode(indices.to(self.device))
+        self._check_discrete()
+        if indices.ndim != 4 or not indices.numel():
+            raise ValueError(
+                f"indices have shape {tuple(indices.shape)}, not (B, t, h, w) of 1 or more each: give ids as encode does"
+            )
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise ValueError(f"indices are {indices.dtype}, but ids are whole numbers: give int64, or latents to decode_latents")
+        with inference(self):
+            return self.quantizer.decode(indices.to(self.device))
 
-    def _steps_at_once(self, sides: Iterable[int], chunk_frames: int | None, batch: int) -> int:
-        """Give the latent frames of a chunk of `batch` clips."""
+    def _check_latents(self, latents: Tensor) -> None:
+        channels = self.quantizer.channels_out
+        if latents.ndim != 5 or latents.shape[1] != channels or not latents.numel():
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}, not (B, {channels}, t, h, w) of 1 or more each: give what encode_latents gives"
+            )
+
+    def _steps_at_once(self, cells: Sequence[int], most: int, chunk_frames: int | None, batch: int) -> int:
+        """Give the latent frames of a part of `batch` clips of `cells` tokens, of which a tile takes `most` a side."""
         if chunk_frames is not None:
             if chunk_frames < 1:
                 raise ValueError(f"chunk_frames={chunk_frames} is no chunk: give 1 or more, or null to go by free memory")
             return max(1, chunk_frames // self.stride_t)
-        height, width = sides
+        height, width = (min(side, most) * self.stride_s for side in cells)
         config = self.config
         places = height * width // config.patch_s**2
         # About eight maps of the finest width live at once, and the frames themselves three times, in fp32.
         return latents_at_once(4 * batch * (8 * config.width * places + 9 * config.stride_t * height * width), self.device)
-
-    def _tile(self, tile: int, overlap: int | None, reach: int) -> tuple[int, int, int]:
-        """Give a tile's cells, its overlap and its ramp in cells; reach: pixels that layers look beyond a token."""
-        if tile < self.stride_s or (overlap is not None and overlap < 0):
-            raise ValueError(
-                f"tile={tile} and overlap={overlap} are in pixels: a tile needs {self.stride_s} or more, an overlap 0 or more"
-            )
-        far = -(-reach // self.stride_s)
-        cells = far if overlap is None else min(far, -(-overlap // self.stride_s))
-        # As far as layers look, a tile's own part is exact and is cut out; nearer, its error fades towards the tile's middle.
-        tile_cells = tile // self.stride_s
-        # Ramps of two borders must not meet inside a tile, or three tiles would share a place.
-        ramp = min(max(1, cells // 2), tile_cells // 2) if 0 < cells < far else 0
-        return tile_cells, cells, ramp
 
     def _check_discrete(self) -> None:
         if not self.quantizer.is_discrete:
             raise ValueError(
                 f"quantizer={self.config.quantizer} has continuous latents and no indices: use encode_latents and decode_latents"
             )
-
-
-class _evaluation:
-    """Put a model into eval mode and back, each part as it was: encoding must not move an EMA codebook, frozen parts stay frozen."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.modes = model, [(module, module.training) for module in model.modules()]
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, was_training in self.modes:
-            module.training = was_training

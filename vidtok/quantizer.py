@@ -1,4 +1,4 @@
-"""The one door to quantization, and the only room that knows vector-quantize-pytorch: the methods live in vidtok/quantizers/."""
+"""The one door to quantization: which method a config names, and what loading leaves to refill; the methods live in vidtok/quantizers/."""
 
 import torch
 from torch import nn
@@ -37,8 +37,8 @@ def build_quantizer(config: VidTokConfig) -> Quantizer:
         FSQuantizer(config.fsq_levels or [], is_symmetric=True) if is_fsq else _build_one(config)
         for _ in range(config.num_codebooks)
     ]
-    steps = config.fsq_levels or [] if is_fsq else [2 if config.quantizer == "lfq" else 1] * config.codebook_dim
-    norm = nn.RMSNorm(config.codebook_dim, eps=1e-6) if is_fsq and config.fsq_norm else None
+    steps = config.fsq_levels or [] if is_fsq else [2 if config.quantizer == "lfq" else 1] * config.codebook_shape[1]
+    norm = nn.RMSNorm(config.codebook_shape[1], eps=1e-6) if is_fsq and config.fsq_norm else None
     return ResidualQuantizer(levels, steps, is_bounded=is_fsq, norm=norm)
 
 

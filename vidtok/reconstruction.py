@@ -1,8 +1,10 @@
-"""One video through the tokenizer and back, written beside its figures."""
+"""One video through the tokenizer and back, written beside its figures, as it is read: memory does not grow with its length."""
 
 import json
-from collections.abc import Iterator
-from itertools import pairwise
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -10,80 +12,123 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from vidtok.folders import OutputFolder
+from vidtok.health.seams import Coder, check_tiles
 from vidtok.metrics import CodeMeter, FrameMeter, frames_at_once, psnr_by_frame, ssim_by_frame
 from vidtok.options import ReconstructOptions
-from vidtok.tokenizer import Tokenizer, check_decoder, choose_tokenizer, decode_pieces, encode_pieces
-from vidtok.video import probe, read_frames, resize_frames, to_frames, to_video, write_video
+from vidtok.run.processes import in_precision
+from vidtok.tokenizer import Tokenizer, check_decoder, choose_tokenizer, decode_stream, encode_stream
+from vidtok.video import VideoInfo, iter_frames, open_video, probe, resize_frames, to_frames, to_video
+
+RECORD_FILE = "reconstruction.json"
+FILES = ("reconstruction.mp4", "side_by_side.mp4", "metrics.json")
+_OURS = re.compile("|".join(map(re.escape, (*FILES, RECORD_FILE))))
+
+
+class Figures:
+    """What a reconstruction is measured by, piece by piece."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        # Continuous latents have no ids to count.
+        self.codes = CodeMeter(tokenizer.codebook_factors) if tokenizer.codebook_factors else None
+        self.psnr, self.ssim = FrameMeter(), FrameMeter()
+        self.frames = 0
+
+    def count(self, codes: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Count ids as they pass."""
+        for part in codes:
+            if self.codes is not None:
+                self.codes.update(part)
+            yield part
+
+    def compare(self, reconstruction: Tensor, frames: np.ndarray) -> None:
+        """Add clips (1, 3, m, H, W) of frames uint8 (m, H, W, 3)."""
+        video = to_video(frames)[None]
+        self.psnr.update(psnr_by_frame(reconstruction, video))
+        self.ssim.update(ssim_by_frame(reconstruction, video))
+        self.frames += len(frames)
+
+    def summary(self) -> dict[str, float]:
+        """Give metrics.json."""
+        return {
+            "psnr_db_mean_of_frames": self.psnr.mean(),
+            "ssim_mean_of_frames": self.ssim.mean(),
+            "frames": self.frames,
+            **({} if self.codes is None else self.codes.summary()),
+        }
 
 
 def reconstruct_file(options: ReconstructOptions) -> dict[str, float]:
-    """Write reconstruction.mp4, side_by_side.mp4 (left the input) and metrics.json into options.output; gives the metrics."""
+    """Write reconstruction.mp4, side_by_side.mp4 (left the input) and metrics.json into options.output; gives the metrics.
+
+    reconstruction.json there names them, so that they are replaced by a later run, and no other file is. Raises ValueError.
+    """
+    folder = OutputFolder(Path(options.output), RECORD_FILE, _OURS)
+    folder.check(FILES, input=options.input)
     tokenizer = choose_tokenizer(options.checkpoint, options.tokenizer)
     check_decoder(tokenizer)
     tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
+    check_tiles(Coder(tokenizer), options.tile)
     info = probe(options.input)
-    frames = read_frames(options.input, frames=options.max_frames, fps=options.fps)
-    if options.size is not None:
-        frames = resize_frames(frames, (options.size[0], options.size[1]))
-    _say(options, len(frames), frames.shape[1:3], (info.height, info.width))
-    # Views of what is written: a long film as uint8 lies in memory once.
-    side_by_side = np.concatenate([frames, frames], axis=2)
-    frames, decoded = np.split(side_by_side, 2, axis=2)
-    metrics = _reconstruct(tokenizer, frames, decoded)
-    output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
-    fps = options.fps or info.fps
-    write_video(output / "reconstruction.mp4", decoded, fps)
-    write_video(output / "side_by_side.mp4", side_by_side, fps)
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    print(f"{metrics['psnr_db_mean_of_frames']:.2f} dB PSNR over {len(frames)} frames; see {output / 'side_by_side.mp4'}")
+    pieces = _read(options, info)
+    # Read before anything is written: a source that cannot be read leaves what was there.
+    first = next(pieces)
+    height, width = first.shape[1:3]
+    _say(options, (height, width), (info.height, info.width))
+    folder.replace(FILES, asdict(options))
+    figures, fps = Figures(tokenizer), options.fps or info.fps
+    pieces = iter(track(chain([first], pieces), description="reconstructing", transient=True))
+    with (
+        open_video(folder.path / FILES[0], (height, width), fps) as write,
+        open_video(folder.path / FILES[1], (height, 2 * width), fps) as write_pair,
+    ):
+        for frames, reconstruction in _reconstructed(tokenizer, pieces, options, figures):
+            figures.compare(reconstruction, frames)
+            decoded = to_frames(reconstruction[0])
+            write(decoded)
+            write_pair(np.concatenate([frames, decoded], axis=2))
+    metrics = figures.summary()
+    (folder.path / FILES[2]).write_text(json.dumps(metrics, indent=1) + "\n")
+    pair = folder.path / FILES[1]
+    print(f"{metrics['psnr_db_mean_of_frames']:.2f} dB PSNR over {metrics['frames']} frames; see {pair}")
     return metrics
 
 
-def _reconstruct(tokenizer: Tokenizer, frames: np.ndarray, decoded: np.ndarray) -> dict[str, float]:
-    """Fill decoded (T, H, W, 3), give the figures; as floats, only one piece of the frames exists at a time."""
-    # Continuous latents have no ids to count or to go by.
-    codes = CodeMeter(tokenizer.codebook_factors) if tokenizer.codebook_factors else None
-    psnr, ssim = FrameMeter(), FrameMeter()
-    at = 0
-    for reconstruction in _pieces(tokenizer, frames, codes):
-        end = at + reconstruction.shape[2]
-        video = to_video(frames[at:end])[None]
-        psnr.update(psnr_by_frame(reconstruction, video))
-        ssim.update(ssim_by_frame(reconstruction, video))
-        decoded[at:end] = to_frames(reconstruction[0])
-        at = end
-    return {
-        "psnr_db_mean_of_frames": psnr.mean(),
-        "ssim_mean_of_frames": ssim.mean(),
-        "frames": len(frames),
-        **({} if codes is None else codes.summary()),
-    }
+def _read(options: ReconstructOptions, info: VideoInfo) -> Iterator[np.ndarray]:
+    """Yield the frames uint8 (m, H, W, 3), at their final size, as many as are worked on at a time."""
+    size = None if options.size is None else (options.size[0], options.size[1])
+    count = options.chunk_frames or frames_at_once(*(size or (info.height, info.width)))
+    frames = islice(iter_frames(options.input, fps=options.fps), options.max_frames)
+    while piece := list(islice(frames, count)):
+        yield np.stack(piece) if size is None else resize_frames(np.stack(piece), size)
 
 
-def _pieces(tokenizer: Tokenizer, frames: np.ndarray, codes: CodeMeter | None) -> Iterator[Tensor]:
-    """Yield the reconstruction (1, 3, m, H, W) piece by piece, on the CPU."""
-    count, height, width = frames.shape[:3]
-    if codes is None:
-        yield tokenizer.reconstruct(to_video(frames)[None].to(tokenizer.device)).cpu()
-        return
-    step = frames_at_once(height, width)
-    marks = [*range(0, count, step), count]
-    pieces = (to_video(frames[at:end])[None].to(tokenizer.device) for at, end in pairwise(marks))
-    indices = encode_pieces(tokenizer, track(pieces, description="encoding", total=len(marks) - 1, transient=True))
-    codes.update(indices)
-    latent_frames = max(1, step // tokenizer.stride_t)
-    for video in track(
-        decode_pieces(tokenizer, indices, (count, height, width), latent_frames),
-        description="decoding",
-        total=-(-indices.shape[1] // latent_frames),
-        transient=True,
-    ):
-        yield video.cpu()
+def _reconstructed(
+    tokenizer: Tokenizer, pieces: Iterable[np.ndarray], options: ReconstructOptions, figures: Figures
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Yield frames uint8 (m, H, W, 3) and what they become (1, 3, m, H, W), on the CPU, as soon as the tokenizer gives them."""
+    device, waiting = tokenizer.device, list[np.ndarray]()
+
+    def seen() -> Iterator[Tensor]:
+        for piece in pieces:
+            waiting.extend(piece)
+            yield to_video(piece)[None].to(device)
+
+    cut = options.chunk_frames, options.tile
+    videos = decode_stream(tokenizer, figures.count(encode_stream(tokenizer, seen(), *cut)), *cut)
+    while True:
+        # Not around the loop: what is done with the frames is measured in fp32.
+        with in_precision(options.precision, device):
+            video = next(videos, None)
+        if video is None:
+            return
+        frames = np.stack(waiting[: video.shape[2]])
+        del waiting[: video.shape[2]]
+        yield frames, video[:, :, : len(frames), : frames.shape[1], : frames.shape[2]].float().cpu()
 
 
-def _say(options: ReconstructOptions, used: int, size: tuple[int, ...], original: tuple[int, int]) -> None:
-    notes = [f"first {used} frames at {size[1]}x{size[0]}, size=[HEIGHT,WIDTH] and max_frames=N make it faster"]
-    if tuple(size) != original:
+def _say(options: ReconstructOptions, size: tuple[int, int], original: tuple[int, int]) -> None:
+    notes = [f"at most {options.max_frames} frames at {size[1]}x{size[0]}, size=[HEIGHT,WIDTH] and max_frames=N make it faster"]
+    if size != original:
         notes.append(f"{original[1]}x{original[0]} scaled and cropped to {size[1]}x{size[0]}")
     print(f"input {options.input}: " + ", ".join(notes))

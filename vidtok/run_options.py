@@ -15,7 +15,8 @@ class RunOptions:
     """State where a run lives, how long it lasts and how it steps.
 
     One optimizer step sees batch_size * gradient_accumulation * processes clips. ema_decay 0 switches averaging off.
-    max_steps and max_minutes together: the schedule is planned for whichever ends first, at step 25 and for good.
+    max_steps and max_minutes together: the schedule is planned for whichever ends first, at step 25 at the latest; another max_minutes
+    in a resumed run plans it anew.
     optimizer: adamw, or muon for the inner matrices and adamw for the rest.
     precision: auto (bf16 where the device computes it fast, else fp32), fp32 or bf16. num_workers null: 0 on CPU, else 2.
     """

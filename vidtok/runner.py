@@ -11,6 +11,7 @@ with Runner(options, config, name="vidtok-train", best="validation_loss") as run
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import math
 import time
@@ -29,11 +30,11 @@ from torch.utils.data import DataLoader, Dataset
 from vidtok.run import checkpoints
 from vidtok.run.checkpoints import TrainState
 from vidtok.run.clock import ALL_STEPS, SIGNALLED, TIME_IS_UP, RunClock, renew_plan
-from vidtok.run.failure import TrainingError, describe_step, explain, write_failure
+from vidtok.run.failure import TrainingError, deciding_value, describe_step, explain, write_failure
 from vidtok.run.interrupts import Interrupts
 from vidtok.run.optimizer import build_optimizer, describe
 from vidtok.run.parts import TrainedPart, evaluating, ready_to_train
-from vidtok.run.processes import from_all, from_main, has_fast_bf16, on_main
+from vidtok.run.processes import from_all, from_main, leave, on_main, uses_bf16
 from vidtok.run.progress import TrainingProgress
 from vidtok.run.run_folder import RunFolder, Value, open_run
 from vidtok.run.sampler import StepLoader, seed_everything, spread
@@ -44,6 +45,7 @@ __all__ = ["ComputeLoss", "Evaluate", "RunOptions", "Runner", "Save", "TrainingE
 ComputeLoss = Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, Any]]]
 Evaluate = Callable[[], Mapping[str, float]]
 Save = Callable[[Path], None]
+Logs = dict[str, Tensor]
 
 
 class Runner:
@@ -66,7 +68,8 @@ class Runner:
             log_with=["tensorboard"] if has_tensorboard else None,
             project_config=ProjectConfiguration(project_dir=options.run_dir, logging_dir=options.run_dir),
         )
-        self._uses_bf16 = options.precision == "bf16" or (options.precision == "auto" and has_fast_bf16(self.device))
+        atexit.register(leave)
+        self._uses_bf16 = uses_bf16(options.precision, self.device)
         self._progress = TrainingProgress(name, self._accelerator.is_main_process)
         self._interrupts = Interrupts()
         self._parts: dict[str, TrainedPart] = {}
@@ -206,24 +209,20 @@ class Runner:
         if self._exit_status > SIGNALLED:
             raise SystemExit(self._exit_status)
 
-    def update(
-        self, model: nn.Module, optimizer: Optimizer, batches: Sequence[Any], compute_loss: ComputeLoss
-    ) -> dict[str, Tensor]:
+    def update(self, model: nn.Module, optimizer: Optimizer, batches: Sequence[Any], compute_loss: ComputeLoss) -> Logs:
         """Make one optimizer step over the micro batches: `accumulate`, then `apply`."""
         logs = self.accumulate(model, optimizer, batches, compute_loss)
         self.apply()
         return logs
 
-    def accumulate(
-        self, model: nn.Module, optimizer: Optimizer, batches: Sequence[Any], compute_loss: ComputeLoss
-    ) -> dict[str, Tensor]:
+    def accumulate(self, model: nn.Module, optimizer: Optimizer, batches: Sequence[Any], compute_loss: ComputeLoss) -> Logs:
         """Leave the clipped gradient of the mean loss over the micro batches in the parameters; weights change in `apply`.
 
         compute_loss(model, batch) gives a scalar loss and scalars to log. Gives their means over the micro batches, with loss,
         gradient_norm and lr. Raises TrainingError when loss or gradient is not finite; the step before is then saved.
         """
         optimizer.zero_grad(set_to_none=True)
-        logs: dict[str, Tensor] = {}
+        logs: Logs = {}
         for number, batch in enumerate(batches, start=1):
             with nullcontext() if number == len(batches) else self._accelerator.no_sync(model):
                 with self.autocast():
@@ -320,14 +319,9 @@ class Runner:
         self.seed_step(0)  # every evaluation draws the same numbers
         with self.evaluation_weights(), torch.no_grad(), self.autocast():
             values = from_main({key: float(value) for key, value in evaluate().items()})
-        if self._best_key not in values:
-            raise ValueError(f"evaluate gave {sorted(values)}, without {self._best_key!r}, which picks the best model.")
-        value, best = values[self._best_key], self._state.best
-        if math.isnan(value):
-            newest = checkpoints.describe_newest(self.path / "checkpoints")
-            raise TrainingError(f"Training stopped at step {step}: {self._best_key} is not a number; {newest}.")
+        value, best = deciding_value(values, self._best_key, step, self.path), self._state.best
         self._write(values)
-        self.say(f"step {step}: " + ", ".join(f"{key} {number:.4g}" for key, number in values.items()))
+        self.say(f"step {step}: " + ", ".join(f"{key} {number:.4g}" for key, number in values.items() if math.isfinite(number)))
         # An infinite value (a codebook that is still empty) is no model to keep, not even the first one.
         if math.isfinite(value) and (best is None or value < best):
             if save is not None:

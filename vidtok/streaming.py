@@ -1,15 +1,14 @@
-"""Clips of any length in chunks: how many frames at a time, and what is carried from one chunk to the next."""
+"""Clips of any length in parts: how many frames at a time, and what is carried from one part to the next."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vidtok.padding import pad_clip
-
-# More than this a chunk makes nothing faster, on a CPU slower: its activations leave the caches.
+# More than this a part makes nothing faster, on a CPU slower: its activations leave the caches.
 ACTIVATION_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
 
 
@@ -17,46 +16,109 @@ ACTIVATION_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
 class StreamState:
     """What a network keeps of the frames so far. Nothing changes it in place, so it may be kept, branched and moved.
 
+    size: (B, H, W) of what came in, which all that follows must have.
     tensors: the last frames each layer saw, (B, frames, C, H, W) in the order of the layers; none where no layer looks back.
     """
 
+    size: tuple[int, int, int]
     tensors: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device | str) -> "StreamState":
         """Give the same state on a device."""
-        return StreamState(tuple(tensor.to(device) for tensor in self.tensors))
+        return StreamState(self.size, tuple(tensor.to(device) for tensor in self.tensors))
 
 
-def in_chunks(
-    step: Callable[[Tensor, StreamState | None], tuple[Tensor, StreamState]], clip: Tensor, first: int, later: int
-) -> Iterator[Tensor]:
-    """Run step over (B, C, T, H, W), `first` frames and then `later` frames at a time, with the state carried along."""
-    state: StreamState | None = None
-    at = 0
+Step = Callable[[Tensor, StreamState | None], tuple[Tensor, StreamState]]
+
+
+def carrying(step: Step, states: list[StreamState]) -> Callable[[Tensor], Tensor]:
+    """Give a step that takes the next of `states`, none at a clip's start, and puts the state after it in its place.
+
+    One state for each tile, which must come in the same order at every part of a clip.
+    """
+    before = iter(states.copy())
+    states.clear()
+
+    def work(part: Tensor) -> Tensor:
+        result, state = step(part, next(before, None))
+        states.append(state)
+        return result
+
+    return work
+
+
+def in_parts(clip: Tensor, first: int, later: int) -> Iterator[Tensor]:
+    """Cut (B, C, T, H, W) into `first` frames and then `later` frames at a time; views."""
+    at, size = 0, first
     while at < clip.shape[2]:
-        size = first if at == 0 else later
-        result, state = step(clip[:, :, at : at + size], state)
-        at += size
-        yield result
+        yield clip[:, :, at : at + size]
+        at, size = at + size, later
+
+
+def joined(parts: Iterable[Tensor], frames: int) -> Tensor:
+    """Put clips (B, C, n, H, W) that follow one another into one of `frames` frames, whose memory is taken once."""
+    whole: Tensor | None = None
+    at = 0
+    for part in parts:
+        if part.shape[2] == frames:
+            return part
+        if whole is None:
+            whole = part.new_empty(*part.shape[:2], frames, *part.shape[3:])
+        whole[:, :, at : at + part.shape[2]] = part
+        at += part.shape[2]
+    assert whole is not None and at == frames
+    return whole
 
 
 def regroup(chunks: Iterable[Tensor], stride_t: int) -> Iterator[Tensor]:
-    """Cut a stream of (B, C, n, H, W), any n, into 1 + k * stride_t frames and then k * stride_t frames; the end is padded.
+    """Cut a stream of (B, C, n, H, W), any n, into 1 + k * stride_t frames and then k * stride_t frames, the last one perhaps fewer.
 
-    A chunk is passed on as soon as it is whole; fewer than stride_t frames wait for the next one. Raises ValueError on no frames.
+    A chunk is passed on as soon as it is whole; fewer than stride_t frames wait for the next one. Raises ValueError on no frames, and
+    where a chunk has another size than the first.
     """
     waiting: Tensor | None = None
     is_started = False
-    for chunk in chunks:
-        waiting = chunk if waiting is None else torch.cat([waiting, chunk], dim=2)
+    for chunk in uniform(chunks):
+        waiting = chunk if waiting is None or not waiting.shape[2] else torch.cat([waiting, chunk], dim=2)
         whole = waiting.shape[2] // stride_t * stride_t if is_started else 1 + (waiting.shape[2] - 1) // stride_t * stride_t
         if whole > 0:
             yield waiting[:, :, :whole]
-            waiting, is_started = waiting[:, :, whole:], True
+            # A copy: a view would keep the whole chunk alive.
+            waiting, is_started = waiting[:, :, whole:].clone(), True
     if waiting is None or not is_started:
         raise ValueError("the stream ended before its first frame: give at least one frame")
     if waiting.shape[2]:
-        yield pad_clip(waiting, stride_t, *waiting.shape[3:])
+        yield waiting
+
+
+def uniform(chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Pass on chunks (B, C, n, H, W). Raises ValueError for one of another rank, or whose B, C, H or W differ from the first's."""
+    size: tuple[int, ...] | None = None
+    for chunk in chunks:
+        if chunk.ndim != 5:
+            raise ValueError(f"a chunk of shape {tuple(chunk.shape)} came: it must be (B, C, n, H, W), add or remove axes")
+        found = (*chunk.shape[:2], *chunk.shape[3:])
+        if size is not None and found != size:
+            raise ValueError(_changed(found, size))
+        size = found
+        yield chunk
+
+
+def check_follows(clip: Tensor, state: StreamState | None) -> tuple[int, int, int]:
+    """Give the size (B, H, W) of (B, C, T, H, W). Raises ValueError when it differs from that of the frames before it."""
+    size = (clip.shape[0], clip.shape[3], clip.shape[4])
+    if state is not None and size != state.size:
+        raise ValueError(
+            _changed((clip.shape[0], clip.shape[1], *clip.shape[3:]), (state.size[0], clip.shape[1], *state.size[1:]))
+        )
+    return size
+
+
+def _changed(found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    names = "(B, C, H, W)"
+    return (
+        f"a chunk with {names} = {found} came after one with {expected}: a stream keeps its size, start a new one for other clips"
+    )
 
 
 def latents_at_once(bytes_per_latent: int, device: torch.device) -> int:
@@ -68,3 +130,16 @@ def latents_at_once(bytes_per_latent: int, device: torch.device) -> int:
 def free_bytes(device: torch.device) -> int:
     """Give the memory a device has left; of a CPU what the system can make available."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Without gradients and in eval mode, then each part as it was: encoding must not move an EMA codebook, frozen parts stay frozen."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training

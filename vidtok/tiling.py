@@ -1,5 +1,6 @@
 """Large frames in tiles: each tile is worked on with some of its neighbours around it, and the results are blended into one."""
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -17,10 +18,13 @@ def run_tiled(
 ) -> Tensor:
     """Give work(source), computed tile by tile.
 
-    source: (B, C, T, H, W), H and W cells[i] * scales[0]; work gives sides of cells * scales[1]. tile: cells a side of a tile;
+    source: (B, C, T, H, W), H and W cells[i] * scales[0], the last cell may be smaller; work gives whole cells of scales[1] a side.
+    tile: cells a side of a tile;
     overlap: cells of the neighbours that are worked on with it, on every side; ramp: cells over which two neighbours are blended
     on each side of their border (linear weights that sum to 1), 0 cuts there, which is exact where overlap reaches as far as `work` looks.
     """
+    if tile >= max(cells):
+        return work(source)
     result: Tensor | None = None
     for rows in _spans(cells[0], tile, overlap):
         for columns in _spans(cells[1], tile, overlap):
@@ -35,6 +39,24 @@ def run_tiled(
             result[..., _scaled(rows, scales[1]), _scaled(columns, scales[1])] += done * weights[0][:, None] * weights[1]
     assert result is not None
     return result
+
+
+def tile_cells(tile: int | None, overlap: int | None, reach: int, cell: int) -> tuple[int, int, int]:
+    """Give a tile's cells, its overlap and its ramp in cells, for run_tiled, of pixels; `cell`: pixels a side of a cell.
+
+    tile None: whole frames. overlap None, or more than reach, the pixels that layers look beyond a cell: as far as that.
+    Raises ValueError.
+    """
+    if tile is None:
+        return sys.maxsize, 0, 0
+    if tile < cell or (overlap is not None and overlap < 0):
+        raise ValueError(f"tile={tile} and overlap={overlap} are in pixels: a tile needs {cell} or more, an overlap 0 or more")
+    far = -(-reach // cell)
+    cells = far if overlap is None else min(far, -(-overlap // cell))
+    # As far as layers look, a tile's own part is exact and is cut out; nearer, its error fades towards the tile's middle.
+    # Ramps of two borders must not meet inside a tile, or three tiles would share a place.
+    ramp = min(max(1, cells // 2), tile // cell // 2) if 0 < cells < far else 0
+    return tile // cell, cells, ramp
 
 
 def _spans(count: int, tile: int, overlap: int) -> list[tuple[int, int, int]]:

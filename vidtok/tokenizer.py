@@ -39,6 +39,10 @@ class Tokenizer(Protocol):
     def codebook_factors(self) -> list[int]: ...  # whose digits make an id: vidtok.digits
     @property
     def device(self) -> torch.device: ...
+    @property
+    def is_framewise(self) -> bool: ...  # whether each frame is coded by itself, so that frames may be coded in any grouping
+    @property
+    def history_frames(self) -> int: ...  # in front of a clip: whole steps of time that its ids, inside a longer video, depend on
 
     def encode(self, video: Tensor) -> Tensor:
         """Give ids (B, t, h, w) int64 of clips (B, 3, T, H, W) in [-1, 1]; the end, right and bottom are padded by replication."""
@@ -136,33 +140,40 @@ def check_decoder(tokenizer: Tokenizer) -> None:
 
 def encodes_in_pieces(tokenizer: Tokenizer) -> bool:
     """Tell whether a long clip needs no more memory than a short one."""
-    return isinstance(tokenizer, StreamEncoder) or tokenizer.stride_t == 1
+    return isinstance(tokenizer, StreamEncoder) or tokenizer.is_framewise
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Tensor]) -> Tensor:
-    """Give the ids (B, t, h, w) of a clip that comes as (B, 3, m, H, W), any m; equal to encode of the whole."""
-    if isinstance(tokenizer, StreamEncoder):
-        return torch.cat(list(tokenizer.stream_encode(pieces)), dim=1)
-    if tokenizer.stride_t == 1:
-        return torch.cat([tokenizer.encode(piece) for piece in pieces], dim=1)
-    return tokenizer.encode(torch.cat(list(pieces), dim=2))
+def encode_stream(
+    tokenizer: Tokenizer, pieces: Iterable[Tensor], chunk_frames: int | None = None, tile: int | None = None
+) -> Iterator[Tensor]:
+    """Yield the ids (B, n, h, w) of a clip that comes as (B, 3, m, H, W), any m, as soon as the tokenizer knows them.
 
-
-def decode_pieces(tokenizer: Tokenizer, indices: Tensor, size: tuple[int, int, int], latent_frames: int) -> Iterator[Tensor]:
-    """Yield the clip (B, 3, T, H, W) of ids (B, t, h, w) in pieces along T, so many latent frames each where the tokenizer can."""
-    parts = indices.split(latent_frames, dim=1)
-    if isinstance(tokenizer, StreamDecoder):
-        videos = tokenizer.stream_decode(parts)
-    elif tokenizer.stride_t == 1:
-        videos = (tokenizer.decode(part) for part in parts)
+    Without a codebook, the latents (B, D, n, h, w). chunk_frames, tile: of ours, as in VidTokModel.encode; any other works on what comes.
+    """
+    if isinstance(tokenizer, VidTokModel):
+        stream = tokenizer.stream_encode if tokenizer.quantizer.is_discrete else tokenizer.stream_encode_latents
+        yield from stream(pieces, chunk_frames, tile)
+    elif isinstance(tokenizer, StreamEncoder):
+        yield from tokenizer.stream_encode(pieces)
+    elif tokenizer.is_framewise:
+        yield from (tokenizer.encode(piece) for piece in pieces)
     else:
-        videos = iter([tokenizer.decode(indices)])
-    frames, height, width = size
-    for video in videos:
-        yield video[:, :, :frames, :height, :width]
-        frames -= video.shape[2]
-        if frames <= 0:
-            return
+        yield tokenizer.encode(torch.cat(list(pieces), dim=2))
+
+
+def decode_stream(
+    tokenizer: Tokenizer, parts: Iterable[Tensor], chunk_frames: int | None = None, tile: int | None = None
+) -> Iterator[Tensor]:
+    """Yield clips (B, 3, m, H, W) of what encode_stream yields, as soon as the tokenizer knows them; padding is kept. Keys as there."""
+    if isinstance(tokenizer, VidTokModel):
+        stream = tokenizer.stream_decode if tokenizer.quantizer.is_discrete else tokenizer.stream_decode_latents
+        yield from stream(parts, chunk_frames, tile)
+    elif isinstance(tokenizer, StreamDecoder):
+        yield from tokenizer.stream_decode(parts)
+    elif tokenizer.is_framewise:
+        yield from (tokenizer.decode(part) for part in parts)
+    else:
+        yield tokenizer.decode(torch.cat(list(parts), dim=1))
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:

@@ -78,7 +78,8 @@ class TokenWriter:
         if self.card.complete:
             raise ValueError(f"{self.folder} is complete with {self.card.rows} rows: give another output folder to encode more.")
         _check_row(row, self.card)
-        self._rows.append(row)
+        # A shard waits here whole, so as narrow as it is written.
+        self._rows.append(replace(row, indices=row.indices.to(getattr(torch, self.card.value_dtype))))
         if len(self._rows) == self._rows_per_shard:
             self._write_shard()
 
@@ -340,7 +341,7 @@ def _check_values(source: str, kind: str, values: Tensor, limit: int) -> None:
 
 def _table(rows: Sequence[TokenRow], card: Card) -> pa.Table:
     shapes = [tuple(row.indices.shape) for row in rows]
-    tokens = [row.indices.reshape(-1).numpy().astype(card.value_dtype) for row in rows]
+    tokens = [row.indices.reshape(-1).numpy() for row in rows]
     actions = [None if row.actions is None else row.actions.numpy().astype(np.int32) for row in rows]
     return pa.table(
         {

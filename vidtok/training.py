@@ -1,6 +1,7 @@
 """Training of the tokenizer: one visible loop."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -167,29 +168,33 @@ def evaluate_tokenizer(
 ) -> dict[str, float]:
     """Give loss, PSNR and codebook health over held-out clips, and write real over reconstructed frames into samples/.
 
-    The loss is of the reconstruction alone, and infinite while the codebook is still empty, so that such a model is never the best.
+    The loss is of the reconstruction alone. While the codebook is still empty the figures are those of latents that are not rounded,
+    under names of their own, and validation_loss is infinite: such a model is never the best.
     """
-    if not model.quantizer.is_filled:
-        return {"validation_loss": math.inf}
-    codes = CodeMeter(model.codebook_factors) if model.quantizer.is_discrete else None
-    losses: dict[str, list[float]] = {}
+    is_filled = model.quantizer.is_filled
+    codes = CodeMeter(model.codebook_factors) if model.quantizer.is_discrete and is_filled else None
+    name_of = "validation_{}" if is_filled else "validation_unquantized_{}"
+    losses, weights = defaultdict[str, list[float]](list), list[int]()
     frames, picture = FrameMeter(), None
     for video in runner.evaluation_batches(clips, options.evaluation_clips):
         if codes is None:
-            reconstruction = model.reconstruct(video)
+            reconstruction = model.decode_latents(model.encode_latents(video))
         else:
             indices = model.encode(video)
             codes.update(indices)
             reconstruction = model.decode(indices)
         loss, terms = reconstruction_loss(reconstruction, video, options.loss, lpips)
-        for name, value in {"": loss, **{f"{name}_": term for name, term in terms.items()}}.items():
-            losses.setdefault(f"validation_{name}loss", []).append(float(value))
+        for name, value in {"loss": loss, **{f"{name}_loss": term for name, term in terms.items()}}.items():
+            losses[name_of.format(name)].append(float(value))
+        weights.append(len(video))
         frames.update(psnr_by_frame(reconstruction, video).cpu())
         picture = _picture(video[0], reconstruction[0]) if picture is None else picture
     if picture is not None:
         write_png(runner.path / "samples" / f"step_{runner.step:06d}.png", picture)
-    means = {name: float(np.mean(values)) for name, values in losses.items()}
-    return {**means, "validation_psnr_db": frames.mean(), **({} if codes is None else codes.summary())}
+    # The last batch may be smaller: every clip counts alike.
+    means = {name: float(np.average(values, weights=weights)) for name, values in losses.items()}
+    figures = means | {name_of.format("psnr_db"): frames.mean()} | ({} if codes is None else codes.summary())
+    return figures if is_filled else {"validation_loss": math.inf, **figures}
 
 
 def _held_out(runner: Runner, episodes: EpisodeSet, options: TrainTokenizerOptions) -> GappedClips | None:
@@ -218,7 +223,7 @@ def _unquantized_steps(runner: Runner, options: TrainTokenizerOptions) -> int:
 
 
 def _load_lpips(options: LossOptions) -> Lpips | None:
-    if options.lpips_weights is None or not options.lpips_weight:
+    if options.lpips_weights is None or options.lpips_weight == 0:
         return None
     return load_lpips(options.lpips_weights, options.lpips_heads, options.lpips_sha256)
 
@@ -255,8 +260,9 @@ def _report(
     frames = sum(len(episode.frames) for episode in episodes.split("train"))
     grid = (episodes.height // config.stride_s, episodes.width // config.stride_s)
     values = config.width * (episodes.height // config.patch_s) * (episodes.width // config.patch_s)
+    steps = options.batch_size * (1 + (options.clip_frames - 1) // config.stride_t)
     # About a dozen activations a block are kept for the backward pass; weights, gradients and AdamW's two moments are four copies.
-    activations = 12 * 4 * values * (config.encoder_blocks + config.decoder_blocks) * options.batch_size * options.clip_frames
+    activations = 12 * 4 * values * (config.encoder_blocks + config.decoder_blocks) * steps
     memory = activations + 16 * sum(parameter.numel() for parameter in model.parameters())
     runner.say(
         f"data: {len(episodes.split('train'))} episodes, {frames} frames of {episodes.height}x{episodes.width} at {episodes.fps:g} fps, "

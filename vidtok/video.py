@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -39,6 +40,7 @@ __all__ = [
     "VideoInfo",
     "check_video",
     "iter_frames",
+    "open_video",
     "probe",
     "read_frames",
     "read_video",
@@ -195,37 +197,49 @@ def _check_frames(frames: np.ndarray) -> None:
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float) -> tuple[int, int]:
-    """Write uint8 frames (T, H, W, 3) as an H.264 mp4 (MPEG-4 part 2 where libx264 is missing); complete or not at all.
+    """Write uint8 frames (T, H, W, 3) as open_video does; gives the written (height, width)."""
+    _check_frames(frames)
+    with open_video(path, (frames.shape[1], frames.shape[2]), fps) as write:
+        write(frames)
+    return frames.shape[1] + frames.shape[1] % 2, frames.shape[2] + frames.shape[2] % 2
 
-    The codec needs even sides: an odd one is extended by its last row or column, and a line says so.
-    Gives the written (height, width). The colours are stored at half resolution: never measure on the result.
+
+@contextmanager
+def open_video(path: str | Path, size: tuple[int, int], fps: float) -> Iterator[Callable[[np.ndarray], None]]:
+    """Give a function that appends uint8 frames (T, H, W, 3) of size (H, W) to an H.264 mp4 (MPEG-4 part 2 where libx264 is missing).
+
+    The file is complete or not there at all. The codec needs even sides: an odd one is extended by its last row or column, and a line
+    says so. The colours are stored at half resolution: never measure on the result.
     """
     import av
 
-    _check_frames(frames)
     if not (math.isfinite(fps) and 0.001 <= fps <= 100_000):
         raise ValueError(f"fps is {fps}: it must be a positive number of frames a second.")
-    height, width = frames.shape[1:3]
-    padding = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
-    if height % 2 or width % 2:
-        frames = np.pad(frames, padding, mode="edge")
-        print(f"{path}: H.264 needs even sides, so {height}x{width} is written as {frames.shape[1]}x{frames.shape[2]}.")
+    height, width = (side + side % 2 for side in size)
+    if (height, width) != tuple(size):
+        print(f"{path}: H.264 needs even sides, so {size[0]}x{size[1]} is written as {height}x{width}.")
     codec, options = ("libx264", {"crf": "16"}) if _has_encoder("libx264") else ("mpeg4", {"qscale": "2"})
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with av.open(str(temporary), "w", format="mp4") as container:
             stream = cast("VideoStream", container.add_stream(codec, rate=_as_rate(fps), options=options))
-            stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+
+            def write(frames: np.ndarray) -> None:
+                _check_frames(frames)
+                padding = ((0, height - frames.shape[1]), (0, width - frames.shape[2]), (0, 0))
+                for frame in frames:
+                    picture = np.ascontiguousarray(np.pad(frame, padding, mode="edge"))
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+
+            yield write
             container.mux(stream.encode(None))
         temporary.replace(path)
     except av.FFmpegError as error:
         raise ValueError(f"{path} cannot be written as a video: {error.strerror}.") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return frames.shape[1], frames.shape[2]
 
 
 def _has_encoder(name: str) -> bool:

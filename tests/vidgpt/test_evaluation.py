@@ -17,6 +17,7 @@ from vidgpt.evaluation import TokenReport, evaluate_tokens, teacher_forced_score
 from vidgpt.layout import TokenLayout
 from vidgpt.metrics import TokenCounts
 from vidgpt.model import VidGPTForCausalLM
+from vidgpt.pages import headline
 
 LAYOUT = TokenLayout(codebook_size=8, height=2, width=3, num_actions=3)
 
@@ -171,6 +172,12 @@ def test_the_files_keep_regimes_apart_and_hold_every_frame_and_place(tmp_path: P
     assert [(row["frame_index"], row["horizon_frames"]) for row in free] == [("2", "1"), ("3", "2")]
     places = list(csv.DictReader((tmp_path / "out" / "by_position.csv").open()))
     assert len(places) == 6 * (5 + 1)
+
+
+def test_without_counts_the_unigram_baselines_are_left_out() -> None:
+    report = evaluate_tokens(Uniform(), LAYOUT, [clips(9)], None, 2, None)
+    assert list(report.teacher_forced) == ["model", "uniform", "copy_last_frame_smoothed"]
+    assert "per-position unigram" not in headline(report)[0]
 
 
 def test_wrong_input_is_refused_in_one_sentence() -> None:

@@ -116,6 +116,15 @@ def test_rotary_phases_depend_on_offsets_only_and_start_at_identity(make_model) 
     torch.testing.assert_close(score(12, 5), score(33, 26))
 
 
+def test_rotary_phases_stay_fp32_where_weights_are_bf16(make_model, tmp_path) -> None:
+    model = make_model()
+    before = model.model.rotary.cos.clone()
+    save_model(model, tmp_path)
+    for narrow in (VidGPTForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), model.to(torch.bfloat16)):
+        assert narrow.lm_head.weight.dtype == torch.bfloat16
+        assert torch.equal(narrow.model.rotary.cos, before)
+
+
 @pytest.mark.parametrize("options", VARIANTS)
 def test_the_loss_is_the_cross_entropy_of_the_shifted_logits(options, make_model, make_ids) -> None:
     model = make_model(**options)

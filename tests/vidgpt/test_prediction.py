@@ -13,6 +13,7 @@ from vidgpt.options import PredictOptions
 from vidgpt.prediction import predict_file
 from vidgpt.rollout import Predictor, check_model
 from vidgpt.sampling import SamplingOptions
+from vidtok.adapters.base import ForeignTokenizer, Options
 from vidtok.card import Card
 from vidtok.config import VidTokConfig
 from vidtok.folders import save_model
@@ -137,6 +138,68 @@ def test_a_clip_of_a_batch_is_predicted_as_it_is_alone(checkpoint: Path) -> None
     assert torch.equal(rows[1:], row)
 
 
+class Blind(ForeignTokenizer):
+    has_decoder = False
+
+
+CLIP = torch.zeros(1, 3, 2, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (
+            {"video": torch.zeros(1, 3, 2, 32, 16)},
+            r"frames of 32x16 pixels came, this model was trained on 16x16: .*size=\(16, 16\)",
+        ),
+        ({"video": CLIP[:, :1]}, r"must be \(B, 3, T, H, W\)"),
+        ({"video": CLIP[0]}, r"must be \(B, 3, T, H, W\)"),
+        ({"video": CLIP.byte()}, "torch.uint8 came"),
+        ({"video": CLIP + 3}, r"must lie in \[-1, 1\]"),
+        ({"future": 5}, "context of 2 and future of 5 frames exceed the window of 6"),
+        ({"future": 0}, "both must be 1 or more"),
+        ({"decoding": "rastr"}, "'rastr' is not one of raster"),
+        ({"actions": torch.zeros(1, 5).long()}, "trained without actions"),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused_before_any_work(wrong: dict, sentence: str, checkpoint: Path, monkeypatch) -> None:
+    predictor = Predictor.from_pretrained(checkpoint, device="cpu")
+    monkeypatch.setattr(predictor.tokenizer, "encode", lambda *_: pytest.fail("the video was encoded"))
+    with pytest.raises(ValueError, match=sentence):
+        predictor.predict(**{"video": CLIP, "future": 3, **wrong})
+
+
+def test_a_tokenizer_without_a_decoder_predicts_no_frames(checkpoint: Path) -> None:
+    own = Predictor.from_pretrained(checkpoint, device="cpu")
+    blind = Predictor(own.model, Blind(Options({}, {}), 1, 8, 1000), own.card)
+    with pytest.raises(ValueError, match="has no decoder"):
+        blind.predict(CLIP, 3)
+
+
+def test_actions_are_one_a_latent_frame() -> None:
+    torch.manual_seed(0)
+    tokenizer = VidTokModel(VidTokConfig(stride_t=2, width=8, encoder_blocks=1, decoder_blocks=1))
+    sizes = {"codebook_size": tokenizer.codebook_size, "grid_height": 2, "grid_width": 2, "num_actions": 3}
+    model = VidGPTForCausalLM(VidGPTConfig(**sizes, window=4, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    frame = {"stride_t": 2, "stride_s": 8, "fps": 10.0, "frame_height": 16, "frame_width": 16}
+    card = Card(tokenizer.fingerprint(), **sizes, **frame, data_name="files", manifest_hash="m")
+    predictor, clip = Predictor(model, tokenizer, card), torch.zeros(2, 3, 3, 16, 16)
+    assert predictor.predict(clip, 3, actions=torch.zeros(2, 4).long()).shape == (2, 3, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"actions have shape \(2, 6\), the frames need \(2, 4\)"):
+        predictor.predict(clip, 3, actions=torch.zeros(2, 6).long())
+
+
+@pytest.mark.parametrize(("first_frames", "context", "future"), [(1, 9, 12), (4, 8, 16)])
+def test_a_window_is_told_in_the_frames_of_the_user(first_frames: int, context: int, future: int, checkpoint: Path) -> None:
+    own = Predictor.from_pretrained(checkpoint, device="cpu")
+    predictor = Predictor(own.model, own.tokenizer, replace(own.card, stride_t=4, first_frames=first_frames))
+    predictor.check_window(context, future)
+    with pytest.raises(
+        ValueError, match=f"context of {context} and future of {future + 1} frames exceed the window of {context + future}"
+    ):
+        predictor.check_window(context, future + 1)
+
+
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
@@ -144,10 +207,10 @@ def test_a_clip_of_a_batch_is_predicted_as_it_is_alone(checkpoint: Path) -> None
             {"codebook_size": 999, "codebook_factors": [999]},
             "codebook_size=999 in its card.json, but its config.json has codebook_size=1000",
         ),
-        ({"grid_height": 3}, "grid_height=3"),
-        ({"grid_width": 3}, "grid_width=3"),
+        ({"grid_height": 3, "frame_height": 24}, "grid_height=3"),
+        ({"grid_width": 3, "frame_width": 24}, "grid_width=3"),
         ({"stride_t": 4}, "stride_t=4 in its card.json, but .*tokenizer has stride_t=1"),
-        ({"stride_s": 4}, "stride_s=4"),
+        ({"stride_s": 4, "frame_height": 8, "frame_width": 8}, "stride_s=4"),
     ],
 )
 def test_a_card_that_is_not_of_this_model_is_refused(changed: dict, sentence: str, checkpoint: Path) -> None:

@@ -24,6 +24,7 @@ from vidtok.training import train_tokenizer
 TOKENIZER = {"stride_t": 1, "width": 8, "encoder_blocks": 1, "decoder_blocks": 1}
 DIGITS = {"name": "digits", "episodes": 4, "validation_episodes": 1, "frames": 4, "size": 32}
 RUN = {"batch_size": 2, "warmup_steps": 0, "clip_frames": 3, "evaluation_clips": 2, "num_workers": 0, "precision": "fp32"}
+RUN |= {"optimizer": "adamw", "lr": 3e-4}
 GAN = {"weight": 0.5, "width": 4, "layers": 2, "start": 1, "warmup_steps": 1, "ramp_steps": 2}
 
 
@@ -113,7 +114,7 @@ def test_the_model_is_kept_by_reconstruction_alone_and_only_its_weights_are_aver
     evaluations = [line for line in lines if "validation_loss" in line]
     assert len(evaluations) == 2
     for line in evaluations:
-        assert line["validation_loss"] == pytest.approx(line["validation_l1_loss"] + line["validation_l2_loss"])
+        assert line["validation_loss"] == pytest.approx(4 * line["validation_l2_loss"])
     names = {path.name for path in (folder / "checkpoints" / "step_000004").iterdir()}
     assert names == {
         *("state.json", "model.safetensors", "model_optimizer.pt", "model_average.safetensors"),
@@ -188,6 +189,8 @@ def test_the_warning_is_printed_at_an_evaluation(
 def test_a_run_too_short_for_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path / "run", {"weight": 0.1, "width": 4, "layers": 1}, max_steps=1)
     assert "reaches the tokenizer after step 3000, fully at 4000 (never: this run ends at 1)" in capsys.readouterr().out
+    train(tmp_path / "minutes", {"weight": 0.1, "width": 4, "layers": 1}, max_steps=None, max_minutes=0.01)
+    assert "fully at 4000 (never, should no more steps fit into 0.01 minutes)\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -237,11 +240,12 @@ def test_two_processes_train_what_one_trains_on_the_joined_batch(tmp_path: Path)
             str(batch_size),
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-        assert done.stdout.count("all steps are done") == 1, done.stderr
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("all steps are done") == 1
     for part in ("model", "discriminator"):
         alone, together = (weights(tmp_path / f"run-{count}", 6, part) for count in (1, 2))
         for name in alone:
-            torch.testing.assert_close(alone[name], together[name], rtol=1e-3, atol=2e-5)
+            torch.testing.assert_close(alone[name], together[name], rtol=1e-3, atol=5e-5)
     lines = [curve(tmp_path / f"run-{count}") for count in (1, 2)]
     factors = [[line["gan_adaptive_weight"] for line in found if "gan_adaptive_weight" in line] for found in lines]
     assert factors[0] == pytest.approx(factors[1], rel=1e-3) and len(factors[0]) == 4

@@ -78,16 +78,16 @@ def test_every_call_has_its_turn_in_every_round() -> None:
 
 def test_each_compared_key_changes_alone() -> None:
     options = BenchTokenizerOptions(tokenizer=SMALL, precision="bf16", compare=["compile", "precision", "compile"])
-    base = Variant("bf16", channels_last=True, compile=False)
-    assert variants(options) == [base, Variant("bf16", True, True), Variant("fp32", True, False)]
+    base = Variant("bf16", channels_last=False, compile=False)
+    assert variants(options) == [base, Variant("bf16", False, True), Variant("fp32", False, False)]
     assert len({variant.name for variant in variants(options)}) == 3
-    assert variants(BenchTokenizerOptions(tokenizer=SMALL, compare=[])) == [Variant("fp32", True, False)]
+    assert variants(BenchTokenizerOptions(tokenizer=SMALL, compare=[])) == [Variant("fp32", False, False)]
 
 
 def test_the_table_and_the_file_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = bench(tmp_path)
     assert json.loads((tmp_path / "bench.json").read_text()) == result
-    assert [row["variant"] for row in result["rows"]] == ["fp32 NHWC", "bf16 NHWC", "fp32 NCHW"]
+    assert [row["variant"] for row in result["rows"]] == ["fp32 NCHW", "bf16 NCHW", "fp32 NHWC"]
     assert set(result["convolution_flops_per_second"]) == {"fp32", "bf16"}
     printed = capsys.readouterr().out
     for row in result["rows"]:
@@ -110,19 +110,35 @@ def test_what_needs_no_clock_is_exact(tmp_path: Path) -> None:
         assert result[f"{part}_flops_per_frame"] == sum(2 * 6 * layer.weight.numel() for layer in layers)
 
 
-@pytest.mark.parametrize("quantizer", ["fsq", "vq"])
+@pytest.mark.parametrize(
+    ("quantizer", "weights"),
+    [
+        ({"quantizer": "fsq"}, "random"),
+        ({"quantizer": "kl"}, "random"),
+        ({"quantizer": "vq", "codebook_size": 512}, "random, codebook of noise"),
+        # More codes than there are latents to make them of.
+        ({"quantizer": "vq", "codebook_size": 4096}, "random, codebook of noise"),
+        ({"quantizer": "vq", "codebook_size": 64, "num_codebooks": 2}, "random, codebook of noise"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("stride_t", [1, 4])
-def test_every_kind_of_tokenizer_runs_untrained(quantizer: str, stride_t: int, tmp_path: Path) -> None:
-    given = {**SMALL, "quantizer": quantizer, "stride_t": stride_t, "codebook_size": 512}
-    (row,) = bench(tmp_path, tokenizer=given, compare=[], precision="bf16", frames=1 + stride_t, repeats=1)["rows"]
+def test_every_kind_of_tokenizer_runs_untrained_and_says_so(
+    quantizer: dict, weights: str, stride_t: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {**SMALL, **quantizer, "stride_t": stride_t}
+    result = bench(tmp_path, tokenizer=given, compare=[], precision="bf16", frames=1 + stride_t, repeats=1)
+    (row,) = result["rows"]
     assert row["precision"] == "bf16" and row["encode_frames_per_second"] > 0
+    assert result["weights"] == weights and f"weights: {weights};" in capsys.readouterr().out
 
 
-def test_a_trained_tokenizer_is_measured_as_it_is(tmp_path: Path) -> None:
+def test_a_trained_tokenizer_is_measured_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(VidTokModel(VidTokConfig(**SMALL)), tmp_path / "tok")
     before = (tmp_path / "tok" / "model.safetensors").read_bytes()
     result = bench(tmp_path, tokenizer=None, checkpoint=str(tmp_path / "tok"), compare=["channels_last"])
-    assert [row["channels_last"] for row in result["rows"]] == [True, False]
+    assert [row["channels_last"] for row in result["rows"]] == [False, True]
+    assert result["weights"] == "trained" and "weights: trained;" in capsys.readouterr().out
     assert (tmp_path / "tok" / "model.safetensors").read_bytes() == before
 
 

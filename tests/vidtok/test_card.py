@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,20 @@ def test_frames_and_latent_frames_are_each_others_inverse(first_frames: int, lat
     [
         ({"codebook_factors": [8, 9]}, r"codebook_factors=\[8, 9\] do not multiply to codebook_size=64"),
         ({"codebook_factors": [8, True]}, "not of type"),
-        ({"first_frames": 0}, "first_frames=0"),
+        ({"codebook_factors": [-8, -8]}, r"codebook_factors=\[-8, -8\] do not multiply to codebook_size=64"),
+        ({"codebook_size": 0, "codebook_factors": [0]}, "codebook_size=0 must be 1 or more"),
+        ({"codebook_factors": None}, "codebook_factors=None, which is not of type"),
+        ({"first_frames": 0}, "first_frames=0 must be 1 or more"),
+        ({"stride_s": 0}, "stride_s=0 must be 1 or more"),
+        ({"num_actions": -1}, "num_actions=-1 must be 0 or more"),
+        ({"rows": -3}, "rows=-3 must be 0 or more"),
+        ({"splits": {"train": -3}}, r"splits={'train': -3} must count 0 rows or more"),
+        ({"precision": "fp8"}, "precision=fp8 is none"),
+        ({"fps": 0}, "fps=0 is no number of frames a second above 0"),
+        ({"fps": math.nan}, "fps=nan is no number"),
+        ({"fps": math.inf}, "fps=inf is no number"),
+        ({"grid_height": 3}, "grid_height=3 does not cover frame_height=15 in tokens of stride_s=8 pixels"),
+        ({"frame_width": 25}, "grid_width=3 does not cover frame_width=25"),
     ],
 )
 def test_a_damaged_card_is_refused_with_its_path(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

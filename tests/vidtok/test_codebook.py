@@ -46,8 +46,8 @@ def test_a_collapsed_codebook_is_named_with_its_use_and_its_remedies() -> None:
     monitor = CodebookMonitor([4096], window_tokens=20_000)
     monitor.update(torch.arange(20_000) % 37)
     assert monitor.warning() == (
-        "codebook: 37 of 4096 codes used over the last 20,000 tokens: try tokenizer.quantizer=fsq, a lower tokenizer.codebook_dim, "
-        "or a higher tokenizer.dead_code_ratio"
+        "codebook: 37 of 4096 codes used over the last 20,000 tokens: try tokenizer.quantizer=fsq, a lower "
+        "tokenizer.codebook_dim, or a higher tokenizer.dead_code_ratio"
     )
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import JanusVQVAE, JanusVQVAEConfig
 
+from tests.conftest import randomised
 from vidtok import encoding
 from vidtok.card import Card
 from vidtok.config import VidTokConfig
@@ -67,7 +69,7 @@ def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of four frames a latent frame whose layers look back."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("causal")
-    save_model(VidTokModel(VidTokConfig(stride_t=4, **SMALL)), folder)
+    save_model(randomised(VidTokModel(VidTokConfig(stride_t=4, **SMALL))), folder)
     return folder
 
 
@@ -75,15 +77,17 @@ def rows_of(folder: Path, split: str = "train") -> list[torch.Tensor]:
     return [row[0] for row in TokenDataset(folder, split, 2).rows()]
 
 
-@pytest.mark.parametrize("batch_frames", [1, 5, 64])
-def test_a_whole_episode_is_one_row_encoded_with_the_state_carried_on(causal: Path, tmp_path: Path, batch_frames: int) -> None:
-    card = encode(causal, tmp_path, batch_frames=batch_frames)
+@pytest.mark.parametrize("chunk_frames", [1, 5, 64])
+def test_a_whole_episode_is_one_row_encoded_with_the_state_carried_on(causal: Path, tmp_path: Path, chunk_frames: int) -> None:
+    card = encode(causal, tmp_path, chunk_frames=chunk_frames)
     assert card.clip_frames == card.clip_hop == 1 + 1023 * 4
     tokenizer, episodes = load_tokenizer(causal), build_episodes(DATA)
     for row, episode in zip(rows_of(tmp_path), episodes.split("train"), strict=True):
         # 12 frames: the last 3 are too few for another step of time.
         assert row.shape == (3, 4, 4)
         assert torch.equal(row, tokenizer.encode(to_video(episode.frames[0:9])[None])[0])
+        afresh = tokenizer.encode(to_video(episode.frames[4:9])[None])[0]
+        assert not torch.equal(row[1:], afresh)
 
 
 def test_no_row_straddles_two_encodings(causal: Path, tmp_path: Path) -> None:
@@ -114,6 +118,43 @@ def test_a_tokenizer_that_cannot_carry_its_state_on_gets_short_rows(
 ) -> None:
     monkeypatch.setattr(encoding, "encodes_in_pieces", lambda _: False)
     assert encode(causal, tmp_path).clip_frames == 1 + 16 * 4
+
+
+def test_tiles_change_no_token(causal: Path, tmp_path: Path) -> None:
+    assert encode(causal, tmp_path / "whole") == encode(causal, tmp_path / "tiles", tile=8, chunk_frames=5)
+    for whole, tiles in zip(rows_of(tmp_path / "whole"), rows_of(tmp_path / "tiles"), strict=True):
+        assert torch.equal(whole, tiles)
+
+
+def test_the_card_says_which_precision_made_the_tokens(causal: Path, tmp_path: Path) -> None:
+    assert encode(causal, tmp_path / "fp32").precision == "fp32"
+    assert encode(causal, tmp_path / "bf16", precision="bf16").precision == "bf16"
+    with pytest.raises(ValueError, match="has precision=bf16, but this command has precision=fp32: give another output folder"):
+        encode(causal, tmp_path / "bf16")
+    rows = [torch.stack(rows_of(tmp_path / name)) for name in ("fp32", "bf16")]
+    assert 0.5 < (rows[0] == rows[1]).float().mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp16"}, "precision=fp16 is not known: give auto, fp32 or bf16"),
+        ({"tile": 0}, "tile=0 is not allowed"),
+        ({"chunk_frames": 0}, "chunk_frames=0 is not allowed"),
+    ],
+)
+def test_an_impossible_key_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EncodeOptions(**options)
+
+
+def test_a_tokenizer_without_tiles_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    sizes = {"embed_dim": 4, "latent_channels": 4, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
+    save_model(JanusVQVAE(JanusVQVAEConfig(num_embeddings=64, **sizes)), tmp_path / "janus")
+    chosen = {"tokenizer": {"name": "janus", "path": str(tmp_path / "janus")}, "output": str(tmp_path / "tokens")}
+    with pytest.raises(ValueError, match="tile=8 was asked for, and this tokenizer does not work in tiles: leave tile=null"):
+        encode_dataset(EncodeOptions(**chosen, tile=8), DATA)
+    assert not (tmp_path / "tokens").exists()
 
 
 @pytest.mark.parametrize(("frames", "message"), [(4, "use 1 or 5 frames"), (7, "use 5 or 9 frames")])

@@ -93,6 +93,15 @@ def test_an_architecture_that_contradicts_is_refused_by_its_key(tokenizer: dict[
     train(tmp_path / "tuned", agreeing, init_from=str(tmp_path / "first"), max_steps=1)
 
 
+def test_keys_that_only_say_how_to_train_need_not_agree(tmp_path: Path) -> None:
+    original = train(tmp_path / "first", TOKENIZER | VQ)
+    init = {"init_from": str(tmp_path / "first"), "train_only": "decoder"}
+    tuned = train(tmp_path / "tuned", {"commitment_weight": 1.0, "vq_decay": 0.5}, **init, lr=0.02, max_steps=1)
+    assert (tuned.config.commitment_weight, tuned.config.vq_decay, tuned.quantizer.commitment_weight) == (1.0, 0.5, 1.0)
+    assert original.encoder_fingerprint() == tuned.encoder_fingerprint()
+    train(tmp_path / "tuned", {"commitment_weight": 1.0, "vq_decay": 0.5}, **init, lr=0.02, max_steps=2)
+
+
 def test_the_command_takes_the_architecture_from_the_folder_unless_a_preset_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

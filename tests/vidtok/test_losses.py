@@ -34,7 +34,9 @@ def test_the_plain_loss_is_the_mean_of_absolute_and_squared_error() -> None:
 def test_every_term_equals_plain_numpy() -> None:
     reconstruction, video = pair()
     everything = {"charbonnier_weight": 0.1, "multiscale_weight": 0.2, "gradient_weight": 0.3, "temporal_weight": 0.4}
-    loss, terms = reconstruction_loss(reconstruction, video, LossOptions(multiscale_levels=2, **everything))
+    loss, terms = reconstruction_loss(
+        reconstruction, video, LossOptions(l1_weight=1.0, l2_weight=1.0, multiscale_levels=2, **everything)
+    )
     a, b = reconstruction.double().numpy(), video.double().numpy()
     halves = [x[..., :12, :].reshape(2, 3, 5, 6, 2, 5, 2).mean(axis=(4, 6)) for x in (a, b)]
     quarters = [x[..., :4].reshape(2, 3, 5, 3, 2, 2, 2).mean(axis=(4, 6)) for x in halves]
@@ -64,7 +66,7 @@ def test_terms_are_means_so_a_weight_holds_for_every_size() -> None:
 
 
 def test_a_term_without_a_weight_is_not_computed() -> None:
-    assert set(terms_of(*pair(), l2_weight=0.0, gradient_weight=0.1)) == {"l1", "gradient"}
+    assert set(terms_of(*pair(), l1_weight=1.0, l2_weight=0.0, gradient_weight=0.1)) == {"l1", "gradient"}
 
 
 def test_one_frame_and_one_pixel_have_nothing_to_differ_from() -> None:
@@ -111,6 +113,7 @@ def test_an_error_on_a_moving_thing_costs_more_than_on_the_background(weights: d
         ({"gradient_weight": float("nan")}, r"^loss\.gradient_weight=nan"),
         ({"l1_weight": 0.0, "l2_weight": 0.0}, "are all 0: give one of them"),
         ({"multiscale_levels": 0}, "multiscale_levels=0"),
+        ({"lpips_weight": 0.5}, r"^loss\.lpips_weight=0\.5 weighs nothing without a network: give loss\.lpips_weights=FILE"),
     ],
 )
 def test_a_loss_that_cannot_be_is_refused(weights: dict[str, float], message: str) -> None:

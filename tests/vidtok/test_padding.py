@@ -1,19 +1,21 @@
+from pathlib import Path
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from tests.conftest import randomised
 from vidtok.config import VidTokConfig
 from vidtok.model import VidTokModel
 from vidtok.padding import grid_for, pad_clip, trim_clip, valid_frames
+from vidtok.schema import config_dir
 from vidtok.tiling import run_tiled
 
 
 def tiny(**options: object) -> VidTokModel:
     torch.manual_seed(0)
     model = VidTokModel(VidTokConfig(**({"width": 8, "encoder_blocks": 1, "decoder_blocks": 1} | options)))
-    for name, parameter in model.named_parameters():
-        if "conv2.weight" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+    return randomised(model)
 
 
 @pytest.mark.parametrize(
@@ -71,9 +73,25 @@ def test_tokens_of_a_growing_video_do_not_change(stride_t: int) -> None:
 )
 def test_tiles_with_the_default_overlap_are_exact(options: dict) -> None:
     model, video = tiny(**options), torch.rand(1, 3, 5, 96, 136) * 2 - 1
-    torch.testing.assert_close(model._latents(video, None, 24), model._latents(video, None), atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.encode_latents(video, tile=24), model.encode_latents(video), atol=1e-5, rtol=0)
     indices = model.encode(video)
     torch.testing.assert_close(model.decode(indices, tile=32), model.decode(indices), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("path", sorted(Path(config_dir()).glob("tokenizer/*.yaml")), ids=lambda path: path.stem)
+def test_tiles_and_chunks_of_every_preset_give_what_the_whole_gives(path: Path) -> None:
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(values, dict) and values.pop("defaults")
+    # One block a level: a deeper one's default overlap would take in the whole of so small a frame.
+    model = tiny(**values | {"width": 8, "encoder_blocks": 1, "decoder_blocks": 1, "vq_kmeans_init": False}).double()
+    video = torch.rand(1, 3, 10, 90, 182, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = model.encode_latents(video, chunk_frames=100)
+    whole = model.decode_latents(latents, (10, 90, 182), chunk_frames=100)
+    for cut in ({"tile": 16}, {"chunk_frames": 1}, {"tile": 24, "chunk_frames": 5}):
+        torch.testing.assert_close(model.encode_latents(video, **cut), latents, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.decode_latents(latents, (10, 90, 182), **cut), whole, atol=1e-5, rtol=0)
+    seam = model.decode_latents(latents, (10, 90, 182), tile=16, overlap=0) - whole
+    assert float(seam.abs().max()) > 1e-3
 
 
 def test_a_smaller_overlap_leaves_a_seam_that_shrinks_with_it() -> None:

@@ -244,12 +244,17 @@ def test_the_warm_up_passes_on_latents_before_rounding(kind: str) -> None:
     passed = quantizer.bypass(latents)
     assert passed.shape == quantizer(latents).codes.shape
     assert quantizer.bypass(latents.bfloat16()).dtype == torch.bfloat16
-    if kind in ("fsq", "vq", "simvq", "lfq", "none", "residual-vq"):
+    if kind in ("vq", "simvq", "none", "residual-vq"):
         assert torch.equal(passed, latents)
-    if kind == "kl":
-        assert torch.equal(passed, latents[:, :3])
-    if kind == "bsq":
-        torch.testing.assert_close(passed.norm(dim=1), torch.ones_like(passed[:, 0]))
+    if kind in ("fsq", "fsq-norm"):
+        halves = torch.tensor([2, 2, 1]).reshape(3, 1, 1, 1)
+        torch.testing.assert_close((passed * halves).round() / halves, quantizer(latents).codes)
+    if kind == "lfq":
+        assert torch.equal(passed.sign(), quantizer(latents).codes)
+    if "fsq" in kind or "lfq" in kind:
+        # However large latents are, the decoder sees the range that it will see once they are rounded.
+        limit = quantizer.decode(quantizer(1e3 * latents).indices).abs().max().item()
+        assert quantizer.bypass(1e3 * latents).abs().max().item() < 1.05 * limit
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -282,6 +287,15 @@ def test_a_config_of_before_the_new_fields_still_loads() -> None:
     [
         ({"quantizer": "lfq", "codebook_size": 1000}, "codebook_size=1000 is no power of two.*use 512 or 1024"),
         ({"quantizer": "bsq", "codebook_size": 3}, "codebook_size=3 is no power of two.*use 2 or 4"),
+        (
+            {"fsq_levels": [8, 5, 5, 5], "codebook_size": 1024},
+            "codebook_size=1024 is not the 1000 that fsq_levels=.8, 5, 5, 5. make: set",
+        ),
+        ({"codebook_size": 997}, "codebook_size=997 is no product of whole numbers from 3 to 8"),
+        ({"fsq_levels": [5, 5], "codebook_dim": 4}, "codebook_dim=4 is not the 2 that fsq_levels"),
+        ({"fsq_levels": [4096]}, "fsq_levels=.4096. has a level that is not 3 to 1000"),
+        ({"quantizer": "vq", "fsq_levels": [8, 5, 5]}, "fsq_levels=.8, 5, 5. mean nothing to quantizer=vq: set fsq_levels=null"),
+        ({"quantizer": "lfq", "codebook_size": 64, "codebook_dim": 8}, "codebook_dim=8 is not the 6 bits of codebook_size=64"),
         ({"quantizer": "bsq", "codebook_size": 64, "num_codebooks": 2}, "num_codebooks=2 does not go with quantizer=bsq"),
         ({"quantizer": "kl", "num_codebooks": 2}, "num_codebooks=2 does not go with quantizer=kl"),
         ({"num_codebooks": 0}, "num_codebooks=0"),
@@ -301,3 +315,11 @@ def test_the_bits_of_a_lookup_free_codebook_are_its_channels() -> None:
     assert (config.codebook_dim, config.codebook_factors, config.num_ids) == (18, [1 << 18] * 2, 1 << 36)
     quantizer = build_quantizer(VidTokConfig(quantizer="lfq", codebook_size=8))
     assert quantizer.decode(torch.tensor(3).reshape(1, 1, 1, 1)).flatten().tolist() == [1.0, 1.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("size", "levels"), [(240, [8, 6, 5]), (1000, [8, 5, 5, 5]), (1024, [8, 8, 4, 4]), (64000, [8, 8, 8, 5, 5, 5])]
+)
+def test_fsq_makes_its_levels_from_the_size_of_the_codebook(size: int, levels: list[int]) -> None:
+    config = VidTokConfig(quantizer="fsq", codebook_size=size)
+    assert (config.fsq_levels, config.codebook_shape, config.num_ids) == (levels, (size, len(levels)), size)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from vector_quantize_pytorch import FSQ, LFQ, ResidualFSQ, ResidualVQ, SimVQ, VectorQuantize
 
 from vidtok.config import VidTokConfig
+from vidtok.measuring import peak_bytes
 from vidtok.quantizer import FSQuantizer, Quantizer, build_quantizer
 from vidtok.quantizers import vector
 
@@ -174,6 +175,15 @@ def test_vq_starts_from_the_data() -> None:
     quantizer = vq().train()
     quantizer(10 + latents(4))
     assert float((quantizer.vq.codebook.mean(0) - 10).abs().max()) < 1.0
+
+
+def test_starting_from_the_data_holds_no_matrix_of_latents_by_codes() -> None:
+    quantizer, given = vq(codebook_size=256).train(), torch.randn(4, 4, 8, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert peak_bytes(lambda: quantizer(given), [given]) < 4 * given[:, 0].numel() * 256 / 4
+    book = quantizer.vq._codebook
+    # The counts are those of the batch, or its threshold would find every code dead.
+    assert float(book.cluster_size.sum()) == pytest.approx(given[:, 0].numel(), rel=0.05)
+    assert int((book.cluster_size > 0.1 * book.reset_cluster_size).sum()) > 250
 
 
 def test_starting_from_the_data_keeps_no_distances_for_the_backward_pass() -> None:

@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 
+from tests.conftest import randomised
+from vidtok import streaming
 from vidtok.config import VidTokConfig
 from vidtok.model import VidTokModel
 from vidtok.streaming import StreamState, latents_at_once, regroup
@@ -12,13 +14,10 @@ from vidtok.streaming import StreamState, latents_at_once, regroup
 
 def model_of(seed: int, **options: object) -> VidTokModel:
     torch.manual_seed(seed)
-    defaults = {"width": 8, "encoder_blocks": 1, "decoder_blocks": 1, "fsq_levels": [5, 5, 3], "vq_kmeans_init": False}
+    codes = {"fsq_levels": [5, 5, 3]} if options.get("quantizer", "fsq") == "fsq" else {"codebook_size": 32}
+    defaults = {"width": 8, "encoder_blocks": 1, "decoder_blocks": 1, "vq_kmeans_init": False, **codes}
     model = VidTokModel(VidTokConfig(**(defaults | options)))
-    for name, parameter in model.named_parameters():
-        # Zero-initialised branches would hide a seam in them.
-        if "conv2.weight" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+    return randomised(model)
 
 
 def clip(frames: int, height: int = 16, width: int = 24, batch: int = 2) -> torch.Tensor:
@@ -29,7 +28,7 @@ CASES = [
     {"stride_t": 1},
     {"stride_t": 1, "temporal_decoder": True, "norm": "layer"},
     {"stride_t": 2, "patching": "haar"},
-    {"stride_t": 4, "quantizer": "vq", "codebook_size": 32},
+    {"stride_t": 4, "quantizer": "vq"},
     {"stride_t": 4, "patch_s": 8, "temporal_encoder": False},
     {"stride_t": 4, "norm": "layer"},
 ]
@@ -41,35 +40,78 @@ def test_a_clip_in_random_chunks_gives_what_it_gives_whole(options: dict, seed: 
     model, rng = model_of(seed, **options), random.Random(seed)
     stride = model.stride_t
     video = clip(1 + stride * rng.randint(1, 9))
-    latents = model._latents(video, video.shape[2] + stride)
+    latents = model.encode_latents(video, video.shape[2] + stride)
     codes = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    whole = model._video(codes, None, video.shape[2] + stride)
+    whole = model.decode_latents(codes, None, video.shape[2] + stride)
     for chunk_frames in (1, rng.randint(1, video.shape[2]), None):
-        torch.testing.assert_close(model._latents(video, chunk_frames), latents, atol=1e-5, rtol=0)
-        torch.testing.assert_close(model._video(codes, None, chunk_frames), whole, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.encode_latents(video, chunk_frames), latents, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.decode_latents(codes, None, chunk_frames), whole, atol=1e-5, rtol=0)
 
 
 QUANTIZERS = [
-    {"quantizer": "simvq", "codebook_size": 32},
-    {"quantizer": "lfq", "codebook_size": 32},
-    {"quantizer": "bsq", "codebook_size": 32},
+    {"quantizer": "simvq"},
+    {"quantizer": "lfq"},
+    {"quantizer": "bsq"},
     {"quantizer": "vq", "codebook_size": 16, "num_codebooks": 3},
     {"quantizer": "fsq", "num_codebooks": 2},
+    {"quantizer": "kl"},
+    {"quantizer": "none"},
 ]
+CUTS = [{}, {"chunk_frames": 3}, {"tile": 8}, {"tile": 16, "chunk_frames": 1}]
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("options", CASES + QUANTIZERS, ids=str)
 def test_a_stream_of_any_pieces_is_the_whole_clip(options: dict, seed: int) -> None:
     # In double precision no latent comes so near to the border of two codes that rounding could decide.
-    model, rng = model_of(seed, **options).double(), random.Random(seed)
+    model, rng, cut = model_of(seed, **options).double(), random.Random(seed), CUTS[seed]
     video = clip(rng.randint(1, 19))
     cuts = sorted(rng.sample(range(1, video.shape[2] + 1), k=min(3, video.shape[2])))
     pieces = [part for part in torch.tensor_split(video, cuts, dim=2) if part.shape[2]]
+    latents, step = model.encode_latents(video), rng.randint(1, 3)
+    torch.testing.assert_close(torch.cat(list(model.stream_encode_latents(pieces, **cut)), dim=2), latents, atol=1e-5, rtol=0)
+    if model.quantizer.is_discrete:
+        indices = model.encode(video)
+        assert torch.equal(torch.cat(list(model.stream_encode(pieces, **cut)), dim=1), indices)
+        decoded, whole = model.stream_decode(indices.split(step, dim=1), **cut), model.decode(indices)
+    else:
+        decoded, whole = model.stream_decode_latents(latents.split(step, dim=2), **cut), model.decode_latents(latents)
+    torch.testing.assert_close(torch.cat(list(decoded), dim=2), whole, atol=1e-5, rtol=0)
+
+
+def watched(model: VidTokModel, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Give the frames of every step that the networks will work on."""
+    seen: dict[str, list[int]] = {"_encode_step": [], "_decode_step": []}
+    for name, frames in seen.items():
+        step = getattr(model, name)
+        monkeypatch.setattr(
+            model, name, lambda part, state, step=step, frames=frames: frames.append(part.shape[2]) or step(part, state)
+        )
+    return seen
+
+
+def test_little_free_memory_makes_smaller_parts_and_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, video = model_of(0, stride_t=4).double(), clip(41)
     indices = model.encode(video)
-    assert torch.equal(torch.cat(list(model.stream_encode(pieces)), dim=1), indices)
-    decoded = torch.cat(list(model.stream_decode(indices.split(rng.randint(1, 3), dim=1))), dim=2)
-    torch.testing.assert_close(decoded, model.decode(indices), atol=1e-5, rtol=0)
+    whole, seen = model.decode(indices), watched(model, monkeypatch)
+    calls = {
+        "encode": lambda: model.encode(video),
+        "stream_encode": lambda: torch.cat(list(model.stream_encode([video])), dim=1),
+        "encode_chunk": lambda: model.encode_chunk(video)[0],
+        "decode": lambda: model.decode(indices),
+        "stream_decode": lambda: torch.cat(list(model.stream_decode([indices])), dim=2),
+        "decode_chunk": lambda: model.decode_chunk(indices)[0],
+    }
+    for free, first in ((1 << 40, 11), (0, 1)):
+        monkeypatch.setattr(streaming, "free_bytes", lambda _, free=free: free)
+        for name, call in calls.items():
+            torch.testing.assert_close(call(), indices if "encode" in name else whole, atol=1e-5, rtol=0)
+        steps = (4 * first - 3, first) if free else (1, 1)
+        assert all(frames[0] == size for frames, size in zip(seen.values(), steps, strict=True))
+        assert all(len(frames) == 3 * (1 if free else 11) for frames in seen.values())
+        assert [sum(frames) for frames in seen.values()] == [3 * 41, 3 * 11]
+        for frames in seen.values():
+            frames.clear()
 
 
 def test_a_state_can_be_branched_and_moved_and_never_changes() -> None:
@@ -129,6 +171,27 @@ def test_an_empty_stream_is_refused() -> None:
         list(regroup(iter([]), 4))
 
 
+@pytest.mark.parametrize("other", [clip(4, height=24), clip(4, batch=1), clip(5, width=16)], ids=lambda video: str(video.shape))
+def test_a_stream_keeps_its_size(other: torch.Tensor) -> None:
+    model, sentence = model_of(0, stride_t=4), "came after one with .* a stream keeps its size, start a new one"
+    with pytest.raises(ValueError, match=sentence):
+        list(model.stream_encode([clip(5), other]))
+    _, state = model.encode_chunk(clip(5))
+    with pytest.raises(ValueError, match=sentence):
+        model.encode_chunk(other[:, :, :4], state)
+    ids = [torch.zeros(len(video), 1, *(side // 8 for side in video.shape[3:])).long() for video in (clip(1), other)]
+    with pytest.raises(ValueError, match=sentence):
+        list(model.stream_decode(ids))
+    _, state = model.decode_chunk(ids[0])
+    with pytest.raises(ValueError, match=sentence):
+        model.decode_chunk(ids[1], state)
+
+
+def test_a_stream_of_single_clips_without_a_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="it must be \\(B, C, n, H, W\\), add or remove axes"):
+        list(model_of(0).stream_encode([clip(5)[0]]))
+
+
 def test_a_chunk_fits_the_memory_and_is_never_empty() -> None:
     cpu = torch.device("cpu")
     assert latents_at_once(1 << 60, cpu) == 1
@@ -139,6 +202,7 @@ def test_a_chunk_fits_the_memory_and_is_never_empty() -> None:
 
 GROWTH = """
 import resource, torch
+from vidtok import streaming
 from vidtok.config import VidTokConfig
 from vidtok.model import VidTokModel
 torch.set_num_threads(1)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import Emu3VQVAE, Emu3VQVAEConfig, JanusVQVAE, JanusVQVAEConfig
 
+from tests.conftest import randomised
+from vidtok.adapters.base import ForeignTokenizer, Options
 from vidtok.config import VidTokConfig
 from vidtok.folders import save_model
 from vidtok.model import VidTokModel
@@ -20,8 +22,9 @@ from vidtok.tokenizer import (
     Tokenizer,
     check_decoder,
     choose_tokenizer,
-    decode_pieces,
-    encode_pieces,
+    decode_stream,
+    encode_stream,
+    encodes_in_pieces,
     family_of,
     load_tokenizer,
     save_tokenizer,
@@ -36,8 +39,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tokenizers")
     torch.manual_seed(0)
     small = {"width": 8, "encoder_blocks": 1, "decoder_blocks": 1}
-    save_model(VidTokModel(VidTokConfig(stride_t=1, **small)), root / "framewise")
-    save_model(VidTokModel(VidTokConfig(stride_t=4, **small)), root / "run" / "model")
+    save_model(randomised(VidTokModel(VidTokConfig(stride_t=1, **small))), root / "framewise")
+    save_model(randomised(VidTokModel(VidTokConfig(stride_t=4, **small))), root / "run" / "model")
     save_model(Emu3VQVAE(Emu3VQVAEConfig(codebook_size=64, hidden_size=32, attn_resolutions=[], **SMALL)), root / "emu3")
     save_model(JanusVQVAE(JanusVQVAEConfig(num_embeddings=64, **SMALL)), root / "janus")
     return {name: root / name for name in ("framewise", "run", "emu3", "janus")}
@@ -81,16 +84,53 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(folders: dict[str, Path], name:
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_pieces_give_what_the_whole_gives(folders: dict[str, Path], name: str, size: int) -> None:
     tokenizer, video = load_tokenizer(folders[name]), clip()
-    ids = encode_pieces(tokenizer, video.split(size, dim=2))
+    ids = torch.cat(list(encode_stream(tokenizer, video.split(size, dim=2))), dim=1)
     assert torch.equal(ids, tokenizer.encode(video))
-    pieces = list(decode_pieces(tokenizer, ids, (11, 30, 44), size))
-    torch.testing.assert_close(torch.cat(pieces, dim=2), tokenizer.reconstruct(video), atol=1e-5, rtol=0)
+    decoded = torch.cat(list(decode_stream(tokenizer, ids.split(size, dim=1))), dim=2)
+    torch.testing.assert_close(decoded, tokenizer.decode(ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_history_is_what_a_clip_needs_in_front_to_keep_its_ids(folders: dict[str, Path], name: str) -> None:
+    tokenizer, video = load_tokenizer(folders[name]), clip(frames=61)
+    ids, stride, history = tokenizer.encode(video), tokenizer.stride_t, tokenizer.history_frames
+    assert tokenizer.is_framewise == (history == 0) == (name in ("framewise", "janus"))
+    assert history % stride == 0
+    first = 12 * stride if stride > 1 else 30
+    part = tokenizer.encode(video[:, :, first - history : first + 5])[:, history // stride :]
+    if name != "emu3":  # how far it looks is not known
+        assert torch.equal(part, ids[:, first // stride :][:, : part.shape[1]])
+
+
+@pytest.mark.parametrize("looks_back", ["temporal_encoder", "temporal_decoder"])
+def test_a_stride_of_one_with_layers_that_look_back_is_not_framewise(looks_back: str) -> None:
+    config = VidTokConfig(stride_t=1, width=8, encoder_blocks=1, decoder_blocks=1, **{looks_back: True})
+    tokenizer, video = randomised(VidTokModel(config)), clip(9)
+    assert not tokenizer.is_framewise
+    assert (tokenizer.history_frames > 0) == (looks_back == "temporal_encoder")
+    assert not torch.equal(tokenizer.reconstruct(video)[:, :, 4:], tokenizer.reconstruct(video[:, :, 4:]))
+
+
+class Counting(ForeignTokenizer):
+    """One frame a latent frame, whose id is how many frames were seen so far."""
+
+    device = torch.device("cpu")
+
+    def _encode(self, video: Tensor) -> Tensor:
+        return torch.arange(video.shape[2])[None, :, None, None].expand(len(video), *self.grid_for(*video.shape[2:]))
+
+
+def test_another_projects_stride_of_one_is_not_taken_for_framewise() -> None:
+    tokenizer = Counting(Options({}, {}), 1, 8, 100)
+    assert not encodes_in_pieces(tokenizer)
+    ids = torch.cat(list(encode_stream(tokenizer, clip().split(3, dim=2))), dim=1)
+    assert torch.equal(ids, tokenizer.encode(clip()))
 
 
 def test_which_tokenizers_carry_their_state_on(folders: dict[str, Path]) -> None:
     found = {name: load_tokenizer(folders[name]) for name in NAMES}
     assert {name for name in NAMES if isinstance(found[name], StreamEncoder)} == {"framewise", "run", "emu3"}
-    assert {name for name in NAMES if isinstance(found[name], StreamDecoder)} == {"framewise", "run"}
+    assert {name for name in NAMES if isinstance(found[name], StreamDecoder)} == {"framewise", "run", "emu3"}
     for tokenizer in found.values():
         check_decoder(tokenizer)
 

@@ -143,6 +143,13 @@ def test_every_id_comes_back_however_large(tmp_path: Path, codebook_size: int, d
     assert json.loads((tmp_path / "card.json").read_text())["value_dtype"] == dtype
 
 
+def test_rows_wait_for_their_shard_as_narrow_as_they_are_written(tmp_path: Path) -> None:
+    with TokenWriter(tmp_path, card(), rows_per_shard=9) as writer:
+        for row in make_rows():
+            writer.add(row)
+        assert sum(row.indices.nbytes for row in writer._rows) == 2 * 31 * GRID[0] * GRID[1]
+
+
 @pytest.mark.parametrize("rows_before", [0, 1, 2, 3, 4])
 def test_an_interrupted_encoding_ends_in_the_same_files(dataset_folder: Path, tmp_path: Path, rows_before: int) -> None:
     with TokenWriter(tmp_path, card(), rows_per_shard=2) as writer:
@@ -243,7 +250,7 @@ def test_actions_outside_the_action_space_are_refused(tmp_path: Path) -> None:
 
 def test_a_grid_that_is_not_the_cards_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
-    rewrite_card(tmp_path, grid_width=6)
+    rewrite_card(tmp_path, grid_width=6, frame_width=48)
     with pytest.raises(ValueError, match=r"'clip-0.mp4' has grid \[2, 3\], the card \(2, 6\)"):
         TokenDataset(tmp_path, "train", 2)
 

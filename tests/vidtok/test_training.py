@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_a_short_run_trains_its_quantizer(tmp_path: Path, quantized: list[bool], capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path, max_steps=10)
     assert quantized == [False] * 2 + [True] * 8
-    assert capsys.readouterr().out.count("unquantized_steps=200 is cut to 2, a fifth of max_steps, so that the quantizer") == 1
+    assert capsys.readouterr().out.count("unquantized_steps=100 is cut to 2, a fifth of max_steps, so that the quantizer") == 1
     train(tmp_path, max_steps=20)
     assert quantized[10:] == [True] * 10
 
@@ -84,6 +85,30 @@ def lines_of(folder: Path, key: str) -> list[dict[str, float]]:
     return [line for line in lines if key in line]
 
 
+def test_before_its_codebook_is_filled_a_tokenizer_is_evaluated_unrounded_and_never_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vq = {"quantizer": "vq", "codebook_size": 8, "codebook_dim": 4}
+    train(tmp_path, tokenizer=vq, max_steps=5, unquantized_steps=1, evaluate_every=1, checkpoint_every=1, keep_checkpoints=9)
+    first, second = lines_of(tmp_path, "validation_loss")[:2]
+    assert first["validation_loss"] is None and "validation_psnr_db" not in first
+    assert math.isfinite(first["validation_unquantized_loss"] + first["validation_unquantized_psnr_db"])
+    assert "validation_unquantized_loss" not in second and math.isfinite(second["validation_loss"])
+    assert (tmp_path / "samples" / "step_000001.png").is_file()
+    states = [json.loads((tmp_path / "checkpoints" / f"step_00000{step}" / "state.json").read_text()) for step in (1, 2)]
+    assert [state["best"] for state in states] == [None, second["validation_loss"]]
+    assert "step 1: validation_unquantized_loss" in (said := capsys.readouterr().out) and "loss inf" not in said
+
+
+def test_every_clip_of_an_evaluation_counts_alike(tmp_path: Path) -> None:
+    found = []
+    for batch_size in (2, 3):  # the last batch of three clips is smaller, or not
+        train(tmp_path / str(batch_size), max_steps=1, lr=1e-12, evaluation_clips=3, batch_size=batch_size, precision="fp32")
+        found.append(lines_of(tmp_path / str(batch_size), "validation_loss")[0])
+    for name in ("validation_loss", "validation_l2_loss", "validation_psnr_db"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5)
+
+
 @pytest.mark.parametrize("quantizer", ["kl", "none"])
 def test_continuous_latents_are_trained_and_evaluated_without_indices(quantizer: str, tmp_path: Path) -> None:
     train(tmp_path, tokenizer={"quantizer": quantizer, "codebook_dim": 4}, max_steps=4, evaluate_every=2, lr=0.01)
@@ -97,7 +122,7 @@ def test_every_term_is_logged_on_its_own(tmp_path: Path) -> None:
     weights = {"charbonnier_weight": 0.1, "multiscale_weight": 0.2, "gradient_weight": 0.3, "temporal_weight": 0.4}
     train(tmp_path, max_steps=1, loss=LossOptions(**weights), tokenizer={"quantizer": "vq", "codebook_size": 8})
     first, evaluated = lines_of(tmp_path, "loss")[0], lines_of(tmp_path, "validation_loss")[0]
-    shares = {"l1": 1.0, "l2": 1.0, **{name.removesuffix("_weight"): weight for name, weight in weights.items()}}
+    shares = {"l2": 4.0, **{name.removesuffix("_weight"): weight for name, weight in weights.items()}}
     total = sum(weight * first[f"{name}_loss"] for name, weight in shares.items())
     assert first["reconstruction_loss"] == pytest.approx(total)
     assert first["loss"] == pytest.approx(total + first["quantizer_loss"])
@@ -133,7 +158,7 @@ def test_a_loss_that_is_not_finite_names_term_and_films(tmp_path: Path, monkeypa
     calls: list[bool] = []
     monkeypatch.setattr(VidTokModel, "forward", broken)
     with pytest.raises(
-        TrainingError, match=r"at step 2: l1_loss is nan, .*clip \d+ \(digits/episode-0000\d at 0\.\d0 s\).*step_000001\."
+        TrainingError, match=r"at step 2: l2_loss is nan, .*clip \d+ \(digits/episode-0000\d at 0\.\d0 s\).*step_000001\."
     ):
         train(tmp_path, max_steps=4, evaluate_every=9)
     assert (tmp_path / "failure.json").is_file()

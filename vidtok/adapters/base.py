@@ -35,7 +35,7 @@ class Options:
 
 
 class ForeignTokenizer(nn.Module):
-    """A frozen tokenizer of another project, in fp32.
+    """A frozen tokenizer of another project, in fp32 also under autocast: its nearest codes are found by matrix products.
 
     A family gives the sizes, `_encode` and `_decode`, which get clips and ids whose sizes fit. has_decoder: False where
     the library has no way back to pixels, so decode raises ValueError.
@@ -59,6 +59,16 @@ class ForeignTokenizer(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def is_framewise(self) -> bool:
+        """Whether each frame is coded by itself; without a word from the family it is not taken for granted."""
+        return False
+
+    @property
+    def history_frames(self) -> int:
+        """Frames in front of a clip that its ids depend on: how far a network looks is not known, so two steps of time."""
+        return 0 if self.is_framewise else 2 * self.stride_t
+
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode: batch norms must use the statistics they were trained with."""
         return super().train(False)
@@ -75,7 +85,8 @@ class ForeignTokenizer(nn.Module):
     def encode(self, video: Tensor) -> Tensor:
         """Give the ids (B, t, h, w), int64, of clips (B, 3, T, H, W) in [-1, 1] of any size; see VidTokModel.encode."""
         check_video(video)
-        return self._checked(self._encode(self._padded(video, whole=True).to(self.device)))
+        with self._in_fp32():
+            return self._checked(self._encode(self._padded(video, whole=True).to(self.device)))
 
     @torch.no_grad()
     def decode(self, indices: Tensor, size: tuple[int, int, int] | None = None) -> Tensor:
@@ -86,7 +97,8 @@ class ForeignTokenizer(nn.Module):
         self.check_decoder()
         if indices.ndim != 4:
             raise ValueError(f"indices have shape {tuple(indices.shape)}, not (B, t, h, w): add or remove axes")
-        video = self._decode(self._checked(indices.to(self.device).long()))
+        with self._in_fp32():
+            video = self._decode(self._checked(indices.to(self.device).long()))
         return trim_clip(video.float().clamp(-1, 1), size)
 
     def check_decoder(self) -> None:
@@ -117,6 +129,9 @@ class ForeignTokenizer(nn.Module):
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         write_text(folder / "config.json", json.dumps(self.values, indent=2, sort_keys=True) + "\n")
 
+    def _in_fp32(self) -> torch.autocast:
+        return torch.autocast(self.device.type, enabled=False)
+
     def _encode(self, video: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -144,6 +159,11 @@ class PictureTokenizer(ForeignTokenizer):
 
     def __init__(self, options: Options, stride_s: int, codebook_size: int) -> None:
         super().__init__(options, 1, stride_s, codebook_size)
+
+    @property
+    def is_framewise(self) -> bool:
+        """Whether each frame is coded by itself."""
+        return True
 
     def _encode(self, video: Tensor) -> Tensor:
         pictures = rearrange(video, "B C T H W -> (B T) C H W")

@@ -39,14 +39,16 @@ class TorchScriptTokenizer(ForeignTokenizer):
 
     @classmethod
     def load(cls, folder: Path, given: Mapping[str, Any]) -> "TorchScriptTokenizer":
-        """Run what is in the files, which the caller has allowed. given: values of options that are known, None where not.
+        """Run what is in the files, which the caller has allowed.
 
-        Raises ValueError when a file cannot be loaded, and for options that are unknown or do not fit.
+        given: values of options that are known, None where not; they count more than tokenizer.json, and that more than what is
+        measured. usual_levels counts where nothing else says the levels. Raises ValueError when a file cannot be loaded, and for
+        options that are unknown or do not fit.
         """
         encoder, decoder = (_open(folder / name) for name in FILES)
-        known = {key: value for key, value in given.items() if key in _KEYS and value is not None}
-        options = {**_read_options(folder), **known}
-        options = {**_measure(encoder, options, folder), **options}
+        known = _read_options(folder) | {key: given[key] for key in _KEYS if given.get(key) is not None}
+        options: dict[str, Any] = {"levels": given.get("usual_levels")} | _measure(encoder, known) | known
+        _check_options(options, folder)
         _check_levels(encoder, options["levels"], folder)
         return cls(folder, encoder, decoder, {key: options[key] for key in _KEYS})
 
@@ -54,6 +56,11 @@ class TorchScriptTokenizer(ForeignTokenizer):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+
+    @property
+    def is_framewise(self) -> bool:
+        """Whether the scripts take single pictures."""
+        return bool(self.values["is_picture"])
 
     def fingerprint(self) -> str:
         """Give 16 hex digits of SHA-256 over the options (sorted JSON) and the bytes of encoder.jit and decoder.jit."""
@@ -121,18 +128,28 @@ def _read_options(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _measure(encoder: nn.Module, known: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Find what is not known: sizes by encoding zeros, levels among the buffers of an FSQ quantiser."""
+def _measure(encoder: nn.Module, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Find what is not known: sizes and rank by encoding zeros, levels among the buffers of an FSQ quantiser."""
     found = _levels(encoder)
-    measured: dict[str, Any] = {} if found is None else {"levels": found}
-    if not {"stride_t", "stride_s"} <= set(known):
+    measured: dict[str, Any] = {"is_picture": False} | ({} if found is None else {"levels": found})
+    if not {"stride_t", "stride_s", "is_picture"} <= set(known):
         measured |= _measured_strides(encoder, known.get("is_picture"))
-    missing = [key for key in ("stride_t", "stride_s", "levels") if key not in known and key not in measured]
+    return measured
+
+
+def _check_options(options: Mapping[str, Any], folder: Path) -> None:
+    missing = [key for key in ("stride_t", "stride_s", "levels") if options.get(key) is None]
     if missing:
         raise ValueError(
             f"{missing[0]} of {folder} cannot be measured: give tokenizer.{missing[0]}=..., or write it into {OPTIONS_FILE} there"
         )
-    return {"is_picture": False, **measured}
+    levels = options["levels"] if isinstance(options["levels"], list) and options["levels"] else [None]
+    numbers = [options["stride_t"], options["stride_s"], *levels]
+    if not all(type(number) is int and number >= 1 for number in numbers) or type(options["is_picture"]) is not bool:
+        said = ", ".join(f"{key}={options[key]}" for key in _KEYS)
+        raise ValueError(
+            f"{folder} has {said}: stride_t and stride_s are whole numbers of 1 or more, levels a list of them, is_picture true or false"
+        )
 
 
 def _measured_strides(encoder: nn.Module, is_picture: bool | None) -> dict[str, Any]:
@@ -141,12 +158,14 @@ def _measured_strides(encoder: nn.Module, is_picture: bool | None) -> dict[str, 
         zeros = torch.zeros((1, 3, height, width) if picture else (1, 3, *_TRIAL), dtype=_dtype(encoder))
         try:
             ids = _ids(encoder(zeros))
-        except RuntimeError:
+        except (RuntimeError, torch.jit.Error):
             continue
-        t, h, w = (1, *ids.shape[1:]) if picture else ids.shape[1:]
-        stride_t, stride_s = (frames - 1) // max(1, t - 1), height // h
-        if picture or ((t - 1) * stride_t == frames - 1 and (h * stride_s, w * stride_s) == (height, width)):
-            return {"stride_t": 1 if picture else stride_t, "stride_s": stride_s, "is_picture": picture}
+        if ids.ndim != zeros.ndim - 1:
+            continue
+        t, h, w = (frames, *ids.shape[1:]) if picture else ids.shape[1:]
+        stride_t, stride_s = (frames - 1) // max(1, t - 1), height // max(1, h)
+        if ((t - 1) * stride_t, h * stride_s, w * stride_s) == (frames - 1, height, width):
+            return {"stride_t": stride_t, "stride_s": stride_s, "is_picture": picture}
     return {}
 
 

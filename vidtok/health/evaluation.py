@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from vidtok.data import Episode, EpisodeSet, build_episodes
 from vidtok.data.episodes import write_rejects
+from vidtok.folders import OutputFolder
 from vidtok.health.measures import ClipFigures, HealthMeter
-from vidtok.health.page import Health, ShownClip, write_health_page
+from vidtok.health.page import PAPERS, PLOTS, Health, ShownClip, write_health_page
 from vidtok.health.seams import Coder, SeamMeter, check_tile, chunk_steps, compare_chunks, compare_tiles
 from vidtok.health.speed import measure_speed
 from vidtok.health.verdicts import judge_all, overall
@@ -29,11 +31,21 @@ from vidtok.page_parts import difference_frames
 from vidtok.tokenizer import check_decoder, choose_tokenizer
 from vidtok.video import to_frames, to_video
 
+RECORD_FILE = "evaluation.json"
+FILES = (
+    "metrics.json",
+    "clips.csv",
+    "rejects.csv",
+    "report.html",
+    *(f"figures/{name}{suffix}.png" for name in PLOTS for _, suffix in PAPERS),
+)
+_OURS = re.compile("|".join(map(re.escape, (*FILES, RECORD_FILE))))
 USUAL_FRAMES = 17
 SEAM_CLIPS = 8
 TYPICAL_CLIPS = 2
 DIFFERENCE_GAIN = 4
 FASTEST_SHOWN = 8.0  # frames a second
+WAYS = {True: "chunk after chunk of one clip", False: "every chunk a clip of its own"}
 STATUS_STYLES = {"good": "green", "look at this": "yellow", "broken": "bold red", "not measured": "dim"}
 
 
@@ -58,11 +70,11 @@ class ClipPlace:
 def evaluate_checkpoint(options: EvaluateTokenizerOptions, data: Mapping[str, Any]) -> Health:
     """Write metrics.json, clips.csv and report.html into options.output, and print the verdicts; gives what was measured.
 
-    Raises ValueError when data, tokenizer and options do not fit together.
+    evaluation.json there names them, so that a later evaluation replaces them, and no other file. Raises ValueError when data, tokenizer
+    and options do not fit together.
     """
-    output = Path(options.output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output={output} cannot be a folder, because it is a file: give another output folder")
+    folder = OutputFolder(Path(options.output), RECORD_FILE, _OURS)
+    folder.check(FILES, **{f"data.{key}": data.get(key) for key in ("root", "file")})
     tokenizer = choose_tokenizer(options.checkpoint, options.tokenizer)
     check_decoder(tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,10 +100,12 @@ def evaluate_checkpoint(options: EvaluateTokenizerOptions, data: Mapping[str, An
     }
     usage = [] if meter.codes is None else [counts.sort(descending=True).values for counts in meter.codes.digit_counts]
     health = Health(f"Health of {name}", about, figures, judge_all(figures), usage, meter.clips)
-    _write(output, health, places, episodes)
     shown = [*_shown(coder, health, places, options.worst, device)]
-    write_health_page(health, shown, min(FASTEST_SHOWN, episodes.fps), asdict(options) | {"data": dict(data)}, output)
-    _print(health, output)
+    config = asdict(options) | {"data": dict(data)}
+    folder.replace(FILES, config)
+    _write(folder.path, health, places, episodes)
+    write_health_page(health, shown, min(FASTEST_SHOWN, episodes.fps), config, folder.path)
+    _print(health, folder.path)
     return health
 
 
@@ -179,8 +193,7 @@ def _measure_seams(
             compare_chunks(coder, video, steps, chunks)
         if options.tile is not None:
             compare_tiles(coder, video, options.tile, options.overlap, tiles)
-    way = "state carried from chunk to chunk" if coder.can("chunk_frames") else "every chunk a clip of its own"
-    cut = {"seam_clips": len(places), "chunk_way": way, "chunk_latent_frames": steps}
+    cut = {"seam_clips": len(places), "chunk_way": WAYS[coder.goes_on], "chunk_latent_frames": steps}
     return cut | chunks.figures() | (tiles.figures() if options.tile is not None else {})
 
 
@@ -218,7 +231,6 @@ def _apart(order: Sequence[int], places: Sequence[ClipPlace], count: int) -> lis
 
 
 def _write(output: Path, health: Health, places: Sequence[ClipPlace], episodes: EpisodeSet) -> None:
-    output.mkdir(parents=True, exist_ok=True)
     verdicts = {verdict.rule.key: verdict.status for verdict in health.verdicts}
     (output / "metrics.json").write_text(json.dumps({**health.figures, "verdicts": verdicts}, indent=1) + "\n")
     write_rejects(output / "rejects.csv", episodes.rejects)

@@ -32,6 +32,8 @@ from vidtok.plots import DARK, LIGHT, Curve, Theme, plot_curves
 ACCENTS = {LIGHT: ("#2563eb", "#be185d", "#059669", "#d97706"), DARK: ("#7aa7ff", "#f472b6", "#34d399", "#fbbf24")}
 SYMBOLS = {"good": "✓", "look at this": "!", "broken": "✗", "not measured": "–"}
 MOST_POINTS = 200
+PLOTS = ("psnr_by_frame", "ssim_by_frame", "psnr_by_clip", "code_usage")
+PAPERS = ((LIGHT, ""), (DARK, "_dark"))  # with the end of a file's name
 LEAST_SPANS = {"dB": 3.0, "SSIM": 0.1}
 FACTS = {
     "bits_per_pixel_raw": "bits a pixel",
@@ -39,17 +41,18 @@ FACTS = {
     "latent_values_per_pixel": "latent values a pixel",
     "encode_median_frames_per_second": "frames/s encoded",
     "decode_median_frames_per_second": "frames/s decoded",
-    "peak_cuda_allocated_mebibytes": "MiB of GPU memory",
-    "peak_resident_growth_mebibytes": "MiB more memory",
+    "peak_tensors_mebibytes": "MiB of tensors",
     "parameters": "parameters",
 }
-GROUPS = {
+GROUPS = {  # the first that fits takes a figure
     "Fidelity": ("psnr", "ssim"),
+    "Clips": ("clip", "frame", "split"),
     "Time": ("flicker", "static", "changed"),
-    "Codes": ("codebook", "tokens", "latent"),
+    "Codes": ("codebook", "codes", "latent", "raw", "entropy"),
     "Rate": ("ids", "bits", "compression"),
     "Cuts": ("seam", "chunk", "tile"),
     "Cost": ("encode", "decode", "peak", "timed", "device", "parameters"),
+    "Other": ("",),
 }
 WORDS = {
     "Worst tenth": "the mean over the tenth of the clips with the lowest PSNR, at least one clip.",
@@ -64,7 +67,8 @@ WORDS = {
     "Entropy-coded": "each codebook's unigram entropy instead of log2 of its size; measured on these clips alone.",
     "Seam": "largest pixel difference between the reconstruction in chunks (or tiles) and whole, in [-1, 1]. A tokenizer that carries "
     "its state over decodes the same ids both ways; one that cannot is given every chunk as a clip of its own.",
-    "Frames a second": "median of repeated passes over one batch, after one that warms up; memory is the peak over these passes.",
+    "Frames a second": "median of repeated passes over one batch, after one that warms up; peak tensors are the most that one such pass "
+    "holds at a time beside weights and clips.",
 }
 
 
@@ -169,7 +173,7 @@ def _draw(health: Health, folder: Path) -> Iterator[Figure]:
         if not curves:
             continue
         paths = {}
-        for theme, suffix in ((LIGHT, ""), (DARK, "_dark")):
+        for theme, suffix in PAPERS:
             paths[theme] = plot_curves(
                 folder / f"{name}{suffix}.png", _coloured(curves, theme), title=title, x_label=x_label, y_label=y_label,
                 theme=theme, is_log=name == "code_usage", least_span=LEAST_SPANS.get(y_label, 0.0),
@@ -210,11 +214,8 @@ def _usage(health: Health) -> list[Curve]:
 
 def _tables(figures: Mapping[str, Any]) -> Iterator[Table]:
     """Give every number of metrics.json under the words of its key; lists are curves."""
+    left = {key: value for key, value in figures.items() if not isinstance(value, list)}
     for caption, prefixes in GROUPS.items():
-        rows: list[Sequence[Cell]] = [
-            (key.replace("_", " "), value)
-            for key, value in figures.items()
-            if key.startswith(prefixes) and not isinstance(value, list)
-        ]
+        rows: list[Sequence[Cell]] = [(key.replace("_", " "), left.pop(key)) for key in list(left) if key.startswith(prefixes)]
         if rows:
             yield Table(caption, ("", ""), rows)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from einops import reduce
 from torch import Tensor
 
 from vidtok.metrics import psnr_by_frame
+from vidtok.padding import trim_clip
 from vidtok.temporal_metrics import GREY_LEVELS
+from vidtok.tokenizer import decode_stream, encode_stream, encodes_in_pieces
 
 Cut = Mapping[str, int | None]  # chunk_frames, or tile and overlap, for tokenizers whose methods take them
+Way = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # encode(video), decode(codes, video)
 
 
 class Coder:
@@ -39,6 +44,15 @@ class Coder:
         """Tell whether encode and decode take the keyword."""
         return all(name in inspect.signature(call).parameters for call in (self._encode, self._decode))
 
+    @property
+    def goes_on(self) -> bool:
+        """Tell whether it can be given a clip in chunks, as a clip."""
+        return self.can("chunk_frames") or encodes_in_pieces(self.tokenizer)
+
+    def way(self, cut: Cut | None = None) -> Way:
+        """Give encode and decode with a cut."""
+        return partial(self.encode, cut=cut), partial(self.decode, cut=cut)
+
     def border_frames(self, steps: int, frames: int) -> list[int]:
         """Give the first pixel frame of every chunk but the first; steps: latent frames a chunk."""
         first = self.tokenizer.first_frames + (steps - 1) * self.tokenizer.stride_t
@@ -62,7 +76,7 @@ class SeamMeter:
     latent_max_abs: float | None = None
     ids: int = 0
     changed: int = 0
-    dips: list[float] = field(default_factory=list)  # a number a batch
+    dips: list[float] = field(default_factory=list)  # a number a clip
     steps: list[float] = field(default_factory=list)
     frame_dips: list[float] = field(default_factory=list)
 
@@ -84,13 +98,12 @@ class SeamMeter:
         """Compare frames beside borders; reach: frames after a border that count as beside it."""
         frames = source.shape[2]
         beside = sorted({frame for at in borders for frame in range(at - 1, min(at + reach, frames))})
-        self.dips.append(float((psnr_by_frame(whole, source) - psnr_by_frame(cut, source))[:, beside].mean()))
-        wrong = [_step_error(video, source, borders) for video in (cut, whole)]
-        self.steps.append(wrong[0] - wrong[1])
+        self.dips += (psnr_by_frame(whole, source) - psnr_by_frame(cut, source))[:, beside].mean(dim=1).tolist()
+        self.steps += (_step_error(cut, source, borders) - _step_error(whole, source, borders)).tolist()
 
     def add_frames(self, cut: Tensor, whole: Tensor, source: Tensor) -> None:
         """Compare all frames."""
-        self.frame_dips.append(float((psnr_by_frame(whole, source) - psnr_by_frame(cut, source)).mean()))
+        self.frame_dips += (psnr_by_frame(whole, source) - psnr_by_frame(cut, source)).mean(dim=1).tolist()
 
     def figures(self) -> dict[str, float | None]:
         """Give what was measured; None where a comparison that belongs to the report was not possible."""
@@ -111,32 +124,51 @@ class SeamMeter:
 def chunk_steps(coder: Coder, frames: int, chunk_frames: int | None) -> int | None:
     """Give the latent frames of a chunk: half the clip where chunk_frames is None; None where a clip has no border.
 
-    Raises ValueError when chunk_frames was given and leaves no border.
+    At least two where every chunk is a clip of its own: one alone would be a picture. Raises ValueError when chunk_frames was given
+    and leaves no border.
     """
-    latents = coder.tokenizer.grid_for(frames, coder.tokenizer.stride_s, coder.tokenizer.stride_s)[0]
+    tokenizer = coder.tokenizer
+    latents = tokenizer.grid_for(frames, tokenizer.stride_s, tokenizer.stride_s)[0]
+    steps = max(1 if coder.goes_on else 2, latents // 2 if chunk_frames is None else chunk_frames // tokenizer.stride_t)
+    if steps < latents:
+        return steps
     if chunk_frames is None:
-        return latents // 2 or None
-    steps = max(1, chunk_frames // coder.tokenizer.stride_t)
-    if steps >= latents:
-        raise ValueError(
-            f"chunk_frames={chunk_frames} leaves no border in clips of {frames} frames: "
-            "give less than the clip or a larger clip_frames"
-        )
-    return steps
+        return None
+    raise ValueError(
+        f"chunk_frames={chunk_frames} leaves no border in clips of {frames} frames: give less than the clip or a larger clip_frames"
+    )
 
 
 def compare_chunks(coder: Coder, video: Tensor, steps: int, meter: SeamMeter) -> None:
     """Code clips in chunks of `steps` latent frames and whole, and add what differs.
 
-    A tokenizer whose encode takes chunk_frames carries its state over; any other is given every chunk as a clip of its own.
+    The commands cut a clip as its tokenizer can; where it cannot, they cut a film into clips, and so does this.
     """
-    stride_t, frames = coder.tokenizer.stride_t, video.shape[2]
-    if not coder.can("chunk_frames"):
+    tokenizer, frames = coder.tokenizer, video.shape[2]
+    if not coder.goes_on:
         _compare_windows(coder, video, steps, meter)
         return
-    # Left to itself a tokenizer may cut a long clip: more frames than there are keep it whole.
-    whole, cut = _compare(coder, video, {"chunk_frames": frames * stride_t}, {"chunk_frames": steps * stride_t}, meter)
-    meter.add_borders(cut, whole, video, coder.border_frames(steps, frames), stride_t)
+    borders = coder.border_frames(steps, frames)
+    if coder.can("chunk_frames"):
+        # Left to itself a tokenizer may cut a long clip: more frames than there are keep it whole.
+        uncut, cut_up = (coder.way({"chunk_frames": count * tokenizer.stride_t}) for count in (frames, steps))
+    else:
+        uncut, cut_up = coder.way(), _pieces(coder, borders, steps)
+    whole, cut = _compare(video, uncut, cut_up, meter)
+    meter.add_borders(cut, whole, video, borders, tokenizer.stride_t)
+
+
+def _pieces(coder: Coder, borders: list[int], steps: int) -> Way:
+    """Give the way of the commands: a clip that comes piece by piece."""
+
+    def encode(video: Tensor) -> Tensor:
+        return torch.cat(list(encode_stream(coder.tokenizer, video.tensor_split(borders, dim=2))), dim=1)
+
+    def decode(codes: Tensor, video: Tensor) -> Tensor:
+        decoded = torch.cat(list(decode_stream(coder.tokenizer, codes.split(steps, dim=1))), dim=2)
+        return trim_clip(decoded, (video.shape[2], video.shape[3], video.shape[4])).to(video)
+
+    return encode, decode
 
 
 def _compare_windows(coder: Coder, video: Tensor, steps: int, meter: SeamMeter) -> None:
@@ -151,31 +183,36 @@ def _compare_windows(coder: Coder, video: Tensor, steps: int, meter: SeamMeter) 
     meter.add_borders(cut, whole, video, borders, coder.tokenizer.stride_t)
 
 
-def check_tile(coder: Coder, tile: int | None, height: int, width: int) -> None:
-    """Raise ValueError when tiles were asked for and the tokenizer has none, or frames of this size fit into one."""
+def check_tiles(coder: Coder, tile: int | None) -> None:
+    """Raise ValueError when tiles were asked for and the tokenizer has none."""
     if tile is not None and not coder.can("tile"):
         raise ValueError(f"tile={tile} was asked for, and this tokenizer does not work in tiles: leave tile=null")
+
+
+def check_tile(coder: Coder, tile: int | None, height: int, width: int) -> None:
+    """Raise ValueError as check_tiles does, and when frames of this size fit into one tile."""
+    check_tiles(coder, tile)
     if tile is not None and tile >= max(height, width):
         raise ValueError(f"tile={tile} leaves no border in frames of {height}x{width}: give less, or larger frames by data.size")
 
 
 def compare_tiles(coder: Coder, video: Tensor, tile: int, overlap: int | None, meter: SeamMeter) -> None:
     """Code clips in tiles and whole, and add what differs."""
-    whole, cut = _compare(coder, video, {}, {"tile": tile, "overlap": overlap}, meter)
+    whole, cut = _compare(video, coder.way(), coder.way({"tile": tile, "overlap": overlap}), meter)
     meter.add_frames(cut, whole, video)
 
 
-def _compare(coder: Coder, video: Tensor, uncut: Cut, cut: Cut, meter: SeamMeter) -> tuple[Tensor, Tensor]:
+def _compare(video: Tensor, uncut: Way, cut: Way, meter: SeamMeter) -> tuple[Tensor, Tensor]:
     """Code clips both ways, add the codes and what each decoder makes of the same ones; gives both reconstructions end to end."""
-    codes, cut_codes = coder.encode(video, uncut), coder.encode(video, cut)
-    whole, end_to_end = coder.decode(codes, video, uncut), coder.decode(cut_codes, video, cut)
+    codes, cut_codes = uncut[0](video), cut[0](video)
+    whole, end_to_end = uncut[1](codes, video), cut[1](cut_codes, video)
     meter.add_codes(cut_codes, codes)
-    meter.add_pixels(end_to_end if torch.equal(cut_codes, codes) else coder.decode(codes, video, cut), whole)
+    meter.add_pixels(end_to_end if torch.equal(cut_codes, codes) else cut[1](codes, video), whole)
     return whole, end_to_end
 
 
-def _step_error(video: Tensor, source: Tensor, borders: list[int]) -> float:
-    """Give mean |d r - d s| in grey levels of 255 over the steps into the frames `borders`."""
+def _step_error(video: Tensor, source: Tensor, borders: list[int]) -> Tensor:
+    """Give mean |d r - d s| (B,) in grey levels of 255 over the steps into the frames `borders`."""
     before = [at - 1 for at in borders]
     steps = (video[:, :, borders] - video[:, :, before]) - (source[:, :, borders] - source[:, :, before])
-    return GREY_LEVELS * float(steps.abs().mean())
+    return GREY_LEVELS * reduce(steps.abs(), "B C T H W -> B", "mean")

@@ -13,7 +13,7 @@ class IdentityQuantizer(Quantizer):
     def __init__(self, config: VidTokConfig) -> None:
         super().__init__()
         self.factors = []
-        self.channels_in = self.channels_out = config.codebook_dim
+        self.channels_in = self.channels_out = config.codebook_shape[1]
 
     def quantize(self, latents: Tensor) -> Rounded:
         """Pass latents on."""
@@ -27,7 +27,8 @@ class GaussianQuantizer(Quantizer):
         super().__init__()
         self.factors = []
         self.kl_weight = config.kl_weight
-        self.channels_in, self.channels_out = 2 * config.codebook_dim, config.codebook_dim
+        _, dim = config.codebook_shape
+        self.channels_in, self.channels_out = 2 * dim, dim
 
     def unrounded(self, latents: Tensor) -> Tensor:
         """Give the mean."""

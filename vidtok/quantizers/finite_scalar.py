@@ -32,6 +32,15 @@ class FSQuantizer(Quantizer):
         """Normalise where asked to."""
         return latents if self.norm is None else self.norm(latents)
 
+    def unrounded(self, latents: Tensor) -> Tensor:
+        """Bound latents as rounding does; a level of a residual stack is given bounded ones."""
+        if self.is_symmetric:
+            return latents
+        counts = self.fsq._levels
+        # As in the library, whose own function rounds too: a margin of a thousandth, and an even number of levels off by half a step.
+        half_range, offset = (counts - 1) * 1.001 / 2, 0.5 - 0.5 * (counts % 2)
+        return ((latents + (offset / half_range).atanh()).tanh() * half_range - offset) / (counts // 2)
+
     def quantize(self, latents: Tensor) -> Rounded:
         """Round every channel to its levels."""
         rounded = self.fsq.quantize(latents)

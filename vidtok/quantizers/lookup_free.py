@@ -22,7 +22,7 @@ class LookupFreeQuantizer(Quantizer):
 
     def __init__(self, config: VidTokConfig, is_spherical: bool) -> None:
         super().__init__()
-        self.num_bits = config.codebook_dim
+        self.num_bits = config.codebook_shape[1]
         self.is_spherical = is_spherical
         self.magnitude = self.num_bits**-0.5 if is_spherical else 1.0
         self.commitment_weight, self.entropy_weight = config.commitment_weight, config.entropy_weight
@@ -32,6 +32,10 @@ class LookupFreeQuantizer(Quantizer):
     def prepare(self, latents: Tensor) -> Tensor:
         """Put latents on the unit sphere where the method says so."""
         return F.normalize(latents, dim=-1) if self.is_spherical else latents
+
+    def unrounded(self, latents: Tensor) -> Tensor:
+        """Give the mean of the codes under the probabilities that `entropies` gives bits; on the sphere latents as they are."""
+        return latents if self.is_spherical else (2 * latents).tanh()
 
     def quantize(self, latents: Tensor) -> Rounded:
         """Keep the signs."""

@@ -14,7 +14,7 @@ class ResidualQuantizer(Quantizer):
 
     steps: how much smaller, channel by channel, the remainder of a level is than what it was given, so that the next level, scaled by
     it, sees the same range: L for L symmetric levels in +-L / (L - 1), 2 for signs; 1 where codebooks find the range by themselves.
-    is_bounded: tanh brings latents into +-L / (L - 1) before. Loss and terms are means over levels.
+    is_bounded: tanh brings latents into +-L / (L - 1) before. The loss is a mean over levels, terms are of each.
     """
 
     scales: Tensor
@@ -50,6 +50,13 @@ class ResidualQuantizer(Quantizer):
         if not self.is_bounded:
             return latents
         bound = 1 / (1 - self.scales[1])
+        return bound * (latents / bound).tanh()
+
+    def unrounded(self, latents: Tensor) -> Tensor:
+        """Bound latents as sums of signs are; what codebooks will hold is not known."""
+        if self.is_bounded or set(self.steps) == {1}:
+            return latents
+        bound = self.scales.sum(dim=0)
         return bound * (latents / bound).tanh()
 
     def quantize(self, latents: Tensor) -> Rounded:

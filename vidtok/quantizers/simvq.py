@@ -15,9 +15,10 @@ class SimVQuantizer(Quantizer):
     def __init__(self, config: VidTokConfig) -> None:
         super().__init__()
         self.commitment_weight = config.commitment_weight
-        self.factors = [config.codebook_size]
-        self.channels_in = self.channels_out = config.codebook_dim
-        self.simvq = SimVQ(config.codebook_dim, config.codebook_size, rotation_trick=False)
+        size, dim = config.codebook_shape
+        self.factors = [size]
+        self.channels_in = self.channels_out = dim
+        self.simvq = SimVQ(dim, size, rotation_trick=False)
 
     def quantize(self, latents: Tensor) -> Rounded:
         """Move every latent to its nearest code; the loss pulls codes to latents, and latents, weaker, to codes."""

@@ -10,24 +10,27 @@ from vidtok.quantizers.base import Quantizer, Rounded, is_distributed, straight_
 
 # Few enough to stay in a CPU's cache.
 DISTANCES_AT_ONCE = 1 << 19
+# Of k-means; more latents a code move its means by less than the next training steps do.
+SAMPLES_PER_CODE, ROUNDS = 32, 10
 
 
 class VQuantizer(Quantizer):
     """Move every latent to its nearest code; codes are moving averages of theirs, start as k-means of data, and revive when unused.
 
-    The library owns the codebook, its k-means and the revival of codes; nearest codes and sums of latents are computed here, without
-    its matrices of N x codebook_size.
+    The library owns the codebook and the revival of codes; k-means, nearest codes and sums of latents are computed here, without its
+    matrices of N x codebook_size.
     """
 
     def __init__(self, config: VidTokConfig) -> None:
         super().__init__()
         self.dead_code_ratio = config.dead_code_ratio
         self.commitment_weight = config.commitment_weight
-        self.factors = [config.codebook_size]
-        self.channels_in = self.channels_out = config.codebook_dim
+        size, dim = config.codebook_shape
+        self.factors = [size]
+        self.channels_in = self.channels_out = dim
         self.vq = VectorQuantize(
-            dim=config.codebook_dim,
-            codebook_size=config.codebook_size,
+            dim=dim,
+            codebook_size=size,
             decay=config.vq_decay,
             kmeans_init=config.vq_kmeans_init,
             threshold_ema_dead_code=1,
@@ -64,19 +67,26 @@ class VQuantizer(Quantizer):
 
     @torch.no_grad()
     def _start(self, latents: Tensor) -> None:
-        """Fill an empty codebook; outside of autograd, which would keep every distance of ten rounds of k-means."""
+        """Fill an empty codebook; outside of autograd, which would keep every distance of every round of k-means."""
         if self.vq._codebook.use_ddp != is_distributed():
             raise ValueError(
                 "the quantizer was built before the processes were connected, or after they parted, so that their codebooks would "
                 "drift apart: build the model after Accelerator() or init_process_group"
             )
         if not self.is_filled:
-            self.vq._codebook.init_embed_(latents[None])
+            codebook = self.vq._codebook
+            codes, shares = k_means(latents, self.factors[0])
+            # Running counts are those of a step's latents, of which k-means took a sample.
+            counts = shares * self._expected(latents) * self.factors[0]
+            codebook.cluster_size.copy_(counts[None])
+            codebook.embed_avg.copy_((codes * counts[:, None])[None])
+            codebook.update_ema()
+            codebook.initted.fill_(True)
 
     @torch.no_grad()
     def _follow(self, latents: Tensor, indices: Tensor) -> None:
         """Move the averages towards the latents (N, D) of their codes, and put codes that fell out of use onto latents."""
-        expected = float(summed(torch.tensor(float(len(latents)), device=latents.device))) / self.factors[0]
+        expected = self._expected(latents)
         codebook = self.vq._codebook
         # A revived code restarts at the expected count: the library's default would let it die again in the next step.
         codebook.threshold_ema_dead_code = self.dead_code_ratio * expected
@@ -87,6 +97,38 @@ class VQuantizer(Quantizer):
         codebook.embed_avg.lerp_(sums[None], 1 - codebook.decay)
         codebook.update_ema()
         codebook.expire_codes_(latents[None])
+
+    def _expected(self, latents: Tensor) -> float:
+        """Give how many of a step's latents, in all processes, fall on a code if all are used alike."""
+        return float(summed(torch.tensor(float(len(latents)), device=latents.device))) / self.factors[0]
+
+
+@torch.no_grad()
+def k_means(latents: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """Give codes (C, D), each the mean of the latents (N, D) nearest to it, and the share (C,) of latents that these are.
+
+    The same in all processes, of the latents of all: of SAMPLES_PER_CODE latents a code, drawn by torch's global generator.
+    """
+    ranks = distributed.get_world_size() if is_distributed() else 1
+    samples = latents[torch.randperm(len(latents), device=latents.device)[: -(-SAMPLES_PER_CODE * num_codes // ranks)]]
+    # Each process's part of the first codes; latents that are fewer come again.
+    start = samples[torch.arange(-(-num_codes // ranks), device=latents.device) % len(samples)]
+    codes, counts = gathered(start)[:num_codes], latents.new_zeros(num_codes)
+    for _ in range(ROUNDS):
+        indices = nearest(codes, samples)
+        counts = summed(torch.bincount(indices, minlength=num_codes).to(codes.dtype))
+        sums = summed(torch.zeros_like(codes).index_add_(0, indices, samples))
+        codes = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), codes)
+    return codes, counts / counts.sum()
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """Give the rows of all processes, each of which gives as many."""
+    if not is_distributed():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, rows)
+    return torch.cat(parts)
 
 
 def summed(tensor: Tensor) -> Tensor:

@@ -68,6 +68,15 @@ def explain(failures: Sequence[Failure], folder: Path) -> str:
     )
 
 
+def deciding_value(values: Mapping[str, float], key: str, step: int, folder: Path) -> float:
+    """Give the figure of an evaluation that picks the best model; raises ValueError where it is missing or not a number."""
+    if key not in values:
+        raise ValueError(f"evaluate gave {sorted(values)}, without {key!r}, which picks the best model.")
+    if math.isnan(values[key]):
+        raise TrainingError(f"Training stopped at step {step}: {key} is not a number; {describe_newest(folder / 'checkpoints')}.")
+    return values[key]
+
+
 def _some(names: Sequence[str]) -> str:
     rest = len(names) - _SOME
     return ", ".join(names[:_SOME]) + (f" and {rest} more" if rest > 0 else "")

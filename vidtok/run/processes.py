@@ -1,14 +1,24 @@
-"""Several processes of one run: acting once for all of them, and sharing what each one found."""
+"""Several processes of one run: acting once for all of them, and sharing what each one found; and the precision they compute in."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 Result = TypeVar("Result")
+
+
+def leave() -> None:
+    """Part from the other processes, for the end of this one."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+        # A thread of gloo's that gives its last tensor back while Python ends aborts the process, and torch has no way to wait for it.
+        time.sleep(0.2)
 
 
 def from_main(value: Result) -> Result:
@@ -52,6 +62,16 @@ def averaged(tensor: Tensor) -> Tensor:
         distributed.all_reduce(mean)
         mean /= distributed.get_world_size()
     return mean
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Read fp32, bf16, or auto, which is bf16 where the device computes it fast."""
+    return precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+
+
+def in_precision(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Compute in fp32, bf16 or auto."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(precision, device))
 
 
 def has_fast_bf16(device: torch.device) -> bool:

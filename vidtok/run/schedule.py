@@ -31,17 +31,17 @@ def learning_rate(
     """Give the rate of optimizer step `step` (the first is 1): linear warm-up, then half a cosine down to lr * min_lr_ratio.
 
     horizon: the last step; None while the plan is still being measured, and up to planned_at the rate does not depend on it.
-    The warm-up is cut to a fifth of a short run, which would otherwise never reach lr.
+    The warm-up is cut to a fifth of a short run, which would otherwise never reach lr. Where a plan leaves too few steps for that
+    too, the rate turns below lr, where the climb meets the cosine.
     """
     ramp = min(1.0, step / max(1, warmup_steps))
     if horizon is None or step <= planned_at:
         return lr * ramp
-    peak_at = max(planned_at, min(warmup_steps, max(1, horizon // 5)))
-    if step <= peak_at:
-        reached = min(1.0, planned_at / max(1, warmup_steps))
-        return lr * (reached + (1 - reached) * (step - planned_at) / (peak_at - planned_at))
-    progress = min(1.0, (step - peak_at) / max(1, horizon - peak_at))
-    return lr * (min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+    reached, climb = min(1.0, planned_at / max(1, warmup_steps)), min(warmup_steps, max(1, horizon // 5))
+    ramp = min(1.0, reached + (step - planned_at) / max(1, climb))
+    peak_at = min(planned_at + round((1 - reached) * climb), max(1, (planned_at + horizon) // 2))
+    progress = min(1.0, max(0, step - peak_at) / max(1, horizon - peak_at))
+    return lr * min(ramp, min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def is_plan_due(num_measured: int, elapsed_seconds: float, max_minutes: float) -> bool:

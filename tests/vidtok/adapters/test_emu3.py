@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Emu3Config, Emu3ForConditionalGeneration, Emu3VQVAE, Emu3VQVAEConfig
 
-from vidtok.adapters import base
+from vidtok.adapters import base, emu3
 from vidtok.adapters.emu3 import Emu3Tokenizer
 
 OPTIONS: dict[str, Any] = {"codebook_size": 64, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "hidden_size": 32}
@@ -77,6 +77,48 @@ def test_a_few_frames_at_a_time_change_nothing(network, noise, monkeypatch: pyte
     monkeypatch.setattr(base, "PIXELS_AT_ONCE", 3 * 32 * 32)
     assert torch.equal(tokenizer.encode(video), ids)
     torch.testing.assert_close(tokenizer.reconstruct(video), pixels, atol=1e-5, rtol=0)
+
+
+def test_a_few_latents_at_a_time_change_no_id(network, noise, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, video, counts = Emu3Tokenizer(network), noise(2, 3, 8, 40, 32), []
+    network.quantize.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].shape[-1]))
+    ids = tokenizer.encode(video)
+    assert counts == [2 * 2 * 5 * 4]
+    monkeypatch.setattr(emu3, "DISTANCES_AT_ONCE", 7 * 64 + 1)
+    assert torch.equal(tokenizer.encode(video), ids)
+    assert counts[1:] == [7] * 11 + [3]
+    assert torch.equal(ids, class_ids(network, video))
+
+
+@pytest.mark.parametrize(("factor", "stride_t"), [(1, 1), (2, 2), (3, 2)])
+def test_the_temporal_stride_is_what_the_network_does(noise, factor: int, stride_t: int) -> None:
+    tokenizer = Emu3Tokenizer(Emu3VQVAE(Emu3VQVAEConfig(**OPTIONS, temporal_downsample_factor=factor)))
+    assert (tokenizer.stride_t, tokenizer.first_frames) == (stride_t, stride_t)
+    assert tokenizer.decode(tokenizer.encode(noise(1, 3, 6, 16, 16))).shape == (1, 3, 6, 16, 16)
+
+
+@pytest.mark.parametrize("chunks", [(3,), (1, 2)])
+def test_pictures_come_in_pieces_of_a_few_frames(
+    network, noise, chunks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Emu3Tokenizer(network)
+    ids = tokenizer.encode(noise(2, 3, 12, 16, 24))
+    expected = tokenizer.decode(ids)
+    monkeypatch.setattr(emu3, "PIXELS_AT_ONCE", 5 * 2 * 16 * 24)
+    pieces = list(tokenizer.stream_decode(ids.split(chunks, dim=1)))
+    assert [piece.shape[2] for piece in pieces] == [5, 5, 2]
+    torch.testing.assert_close(torch.cat(pieces, dim=2), expected, atol=1e-5, rtol=0)
+
+
+def test_autocast_changes_nothing(network, noise) -> None:
+    tokenizer, video = Emu3Tokenizer(network), noise(1, 3, 8, 32, 32)
+    ids, pixels = tokenizer.encode(video), tokenizer.reconstruct(video)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(tokenizer.encode(video), ids)
+        assert torch.equal(next(tokenizer.stream_encode([video])), ids)
+        assert torch.equal(tokenizer.decode(ids), pixels)
+        (streamed,) = tokenizer.stream_decode([ids])
+        assert streamed.dtype == torch.float32 and torch.allclose(streamed, pixels, atol=1e-5)
 
 
 def test_train_mode_is_never_entered(network, noise) -> None:

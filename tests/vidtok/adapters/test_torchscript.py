@@ -121,6 +121,54 @@ def test_a_pair_for_pictures_codes_every_frame_by_itself(tmp_path: Path, noise: 
     assert torch.equal(tokenizer.reconstruct(video)[:, 0, :, ::16, ::16], ids / 60)
 
 
+@pytest.mark.parametrize("given", [{"stride_t": 1, "stride_s": 16}, {"stride_s": 16}, {"levels": LEVELS}])
+def test_a_pair_for_pictures_is_known_whatever_is_given(
+    tmp_path: Path, noise: Callable[..., Tensor], given: dict[str, Any]
+) -> None:
+    folder = write_pair(tmp_path / "pictures", PictureEncoder(), PictureDecoder(), torch.zeros(1, 3, 32, 32))
+    tokenizer = TorchScriptTokenizer.load(folder, given)
+    assert (tokenizer.values["is_picture"], tokenizer.stride_t, tokenizer.stride_s) == (True, 1, 16)
+    assert tokenizer.reconstruct(noise(1, 3, 2, 30, 40)).shape == (1, 3, 2, 30, 40)
+
+
+@pytest.mark.parametrize(
+    ("given", "written", "levels"),
+    [
+        ({"levels": [4, 4, 4]}, [4, 4, 5], [4, 4, 4]),
+        ({"levels": None}, [4, 4, 5], [4, 4, 5]),
+        ({}, None, [8, 8, 8, 5, 5, 5]),
+    ],
+)
+def test_a_key_counts_more_than_the_folder_and_that_more_than_the_preset(
+    silent_pair: Path, given: dict[str, Any], written: list[int] | None, levels: list[int]
+) -> None:
+    if written is not None:
+        (silent_pair / "tokenizer.json").write_text(json.dumps({"levels": written}))
+    preset = {"stride_t": None, "usual_levels": [8, 8, 8, 5, 5, 5]}
+    assert TorchScriptTokenizer.load(silent_pair, {**preset, **given}).values["levels"] == levels
+
+
+def test_what_the_encoder_says_counts_more_than_the_preset(pair: Path) -> None:
+    assert TorchScriptTokenizer.load(pair, {"usual_levels": [8, 8, 8, 5, 5, 5]}).values["levels"] == LEVELS
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"stride_t": 0},
+        {"stride_s": "8"},
+        {"levels": 60},
+        {"levels": []},
+        {"levels": [4, 3.5]},
+        {"stride_t": 4, "stride_s": 8, "is_picture": 2},
+    ],
+)
+def test_options_that_are_none_are_refused(silent_pair: Path, written: dict[str, Any]) -> None:
+    (silent_pair / "tokenizer.json").write_text(json.dumps({"levels": LEVELS} | written))
+    with pytest.raises(ValueError, match="are whole numbers of 1 or more"):
+        load_tokenizer(silent_pair, allow_torchscript=True)
+
+
 def test_what_cannot_be_measured_is_asked_for_by_its_key(silent_pair: Path) -> None:
     with pytest.raises(ValueError, match=r"levels of .* cannot be measured: give tokenizer\.levels=.*tokenizer\.json"):
         load_tokenizer(silent_pair, allow_torchscript=True)

@@ -40,6 +40,7 @@ def test_half_precision_weights_are_read_as_fp32(folder) -> None:
         (lambda tensors: {**tensors, "encoder.extra.weight": torch.zeros(1)}, r"has weights \['encoder.extra.weight'\]"),
         (lambda tensors: {**tensors, "quant_conv.bias": torch.zeros(99)}, "do not match .*quant_conv.bias"),
         (lambda _: {"other.weight": torch.zeros(1)}, "has no weight"),
+        (lambda tensors: {**tensors, "quant_conv.bias": tensors["quant_conv.bias"] / 0}, r"\['quant_conv.bias'\].* not finite"),
     ],
 )
 def test_weights_of_another_architecture_are_refused_by_name(folder, change, message: str) -> None:
@@ -56,7 +57,30 @@ def test_a_folder_without_safetensors_and_a_damaged_one_are_refused(folder, tmp_
         load_network(JanusVQVAE, folder[1], folder[0])
 
 
+def test_two_files_with_the_same_weight_are_refused(folder) -> None:
+    save_file({"quant_conv.bias": torch.zeros(4)}, folder[0] / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other.safetensors and model.safetensors in .* both hold 'quant_conv.bias'"):
+        JanusTokenizer.load(*folder)
+
+
+def test_options_that_say_how_to_load_are_not_followed(folder) -> None:
+    before = JanusTokenizer.load(*folder)
+    orders = {"attn_implementation": "someone/kernel", "_name_or_path": "elsewhere", "auto_map": {"AutoModel": "code.Model"}}
+    orders |= {"dtype": "load", "torch_dtype": "float16", "quantization_config": {"quant_method": "bitsandbytes"}}
+    orders |= {"per_layer_config": {"0": {}}, "trust_remote_code": True, "transformers_weights": "other.bin", "num_labels": 3}
+    tokenizer = JanusTokenizer.load(folder[0], {**folder[1], **orders})
+    assert tokenizer.fingerprint() == before.fingerprint() and tokenizer.values == before.values
+
+
+@pytest.mark.parametrize("change", [{"embed_dim": "four"}, {"base_channels": 30}, {"num_embeddings": -1}])
+def test_options_of_no_network_are_one_sentence(folder, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^the config\.json of .* describes no JanusVQVAE \([^\n]+\): the folder is damaged"):
+        JanusTokenizer.load(folder[0], {**folder[1], **change})
+
+
 def test_options_are_found_alone_and_inside_a_larger_model() -> None:
     assert options_in({"embed_dim": 4}, "vq_config") == {"embed_dim": 4}
     assert options_in({"vq_config": {"embed_dim": 4}, "hidden_size": 8}, "vq_config") == {"embed_dim": 4}
     assert options_in({"vq_config": None, "hidden_size": 8}, "vq_config") == {}
+    with pytest.raises(ValueError, match="vq_config='rest', which are no options"):
+        options_in({"vq_config": "rest"}, "vq_config")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
+from tests.conftest import randomised
 from vidtok.config import VidTokConfig
 from vidtok.digits import join_digits, split_digits
 from vidtok.health.seams import Coder, SeamMeter, check_tile, chunk_steps, compare_chunks, compare_tiles
@@ -20,6 +23,7 @@ class Pixels:
 
     first_frames = stride_t = stride_s = 1
     codebook_factors = LEVELS
+    is_framewise = True
 
     def encode(self, video: Tensor) -> Tensor:
         return join_digits(((video + 1) * 127.5).round().long().movedim(1, -1), LEVELS)
@@ -70,11 +74,7 @@ def chunk_figures(tokenizer: object, video: Tensor, chunk_frames: int | None = N
 
 def model(quantizer: str = "fsq", **options: object) -> VidTokModel:
     torch.manual_seed(0)
-    tokenizer = VidTokModel(VidTokConfig(quantizer=quantizer, width=8, encoder_blocks=1, decoder_blocks=1, **options)).eval()
-    # A new network ignores its neighbours: its last convolutions are zero.
-    for weight in tokenizer.parameters():
-        weight.data += 0.05 * torch.randn_like(weight)
-    return tokenizer
+    return randomised(VidTokModel(VidTokConfig(quantizer=quantizer, width=8, encoder_blocks=1, decoder_blocks=1, **options)))
 
 
 def test_cutting_what_loses_nothing_costs_nothing() -> None:
@@ -114,14 +114,57 @@ def test_ids_that_depend_on_the_cut_are_counted_and_do_not_pass_for_a_decoder_se
     assert figures["chunk_border_psnr_dip_db"] > 10
 
 
-def test_grids_that_windows_change_are_not_compared() -> None:
-    tokenizer = model(stride_t=4)
-    coder = Coder(tokenizer)
-    coder.can = lambda name: False  # type: ignore[method-assign]
-    meter = SeamMeter("chunk")
-    compare_chunks(coder, clips(17), 2, meter)
-    assert meter.figures()["chunk_changed_ids_fraction"] is None
-    assert meter.figures()["chunk_max_abs_pixel_difference"] > 1e-3
+class Whole:
+    """Our tokenizer as one that knows whole clips only."""
+
+    is_framewise = False
+
+    def __init__(self, tokenizer: VidTokModel) -> None:
+        self.first_frames, self.stride_t, self.stride_s = 1, tokenizer.stride_t, tokenizer.stride_s
+        self.encode = lambda video: tokenizer.encode(video)
+        self.decode = lambda indices, size=None: tokenizer.decode(indices, size)
+        self.grid_for, self.valid_frames = tokenizer.grid_for, tokenizer.valid_frames
+
+
+def test_what_knows_whole_clips_only_is_compared_in_clips_of_at_least_two_latent_frames() -> None:
+    figures = chunk_figures(Whole(model(stride_t=4)), clips(17))
+    # 9 and then 8 frames are 3 + 3 latent frames, where 17 are 5.
+    assert figures["chunk_changed_ids_fraction"] is None
+    assert figures["chunk_max_abs_pixel_difference"] > 1e-3
+    coder = Coder(Whole(model(stride_t=4)))
+    assert chunk_steps(coder, 9, None) == chunk_steps(coder, 9, 4) == 2
+    assert chunk_steps(coder, 5, None) is None
+    assert chunk_steps(Coder(model(stride_t=4)), 5, None) == 1
+
+
+class Streaming(Whole):
+    """Our tokenizer as another project's that encodes piece by piece and says nothing of chunk_frames."""
+
+    def __init__(self, tokenizer: VidTokModel) -> None:
+        super().__init__(tokenizer)
+        self.seen: list[int] = []
+        self.tokenizer = tokenizer
+
+    def stream_encode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        yield from self.tokenizer.stream_encode(self.seen.append(chunk.shape[2]) or chunk for chunk in chunks)
+
+
+def test_what_encodes_in_pieces_is_given_pieces_of_one_clip() -> None:
+    tokenizer = Streaming(model(stride_t=4))
+    figures = chunk_figures(tokenizer, clips(17))
+    assert tokenizer.seen == [5, 8, 4]
+    assert figures["chunk_changed_ids_fraction"] == 0
+    assert figures["chunk_max_abs_pixel_difference"] == pytest.approx(0, abs=1e-4)
+    assert figures["chunk_border_psnr_dip_db"] == pytest.approx(0, abs=1e-3)
+
+
+def test_every_clip_weighs_the_same_whatever_its_batch() -> None:
+    coder, video = Coder(Restarting()), torch.cat([clips(9), clips(9).flip(0)[:1] * 0.5])
+    together, apart = SeamMeter("chunk"), SeamMeter("chunk")
+    compare_chunks(coder, video, 3, together)
+    for part in video.split(2):
+        compare_chunks(coder, part, 3, apart)
+    assert apart.figures() == pytest.approx(together.figures(), abs=1e-5)
 
 
 def test_chunks_lie_in_the_middle_where_nothing_is_said() -> None:

@@ -51,6 +51,19 @@ def test_a_measured_run_climbs_without_a_jump_and_comes_down(warmup_steps: int) 
     assert max(abs(after - before) for before, after in pairwise(rates)) < 0.21
 
 
+@pytest.mark.parametrize("planned_at", [0, 25])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 10, 25, 40, 100, 500])
+def test_for_every_horizon_the_rate_climbs_once_without_a_jump_and_falls_to_the_end(planned_at: int, warmup_steps: int) -> None:
+    for horizon in [*range(planned_at + 2, 300), 1000, 5000]:
+        rates = [rate(step, horizon, warmup_steps, planned_at) for step in range(1, horizon + 1)]
+        top = rates.index(max(rates))
+        assert all(before <= after for before, after in pairwise(rates[: top + 1]))
+        assert all(before >= after for before, after in pairwise(rates[top:]))
+        climb = 2.0 / max(1, min(warmup_steps, max(1, horizon // 5)))
+        assert max((after - before for before, after in pairwise(rates)), default=0) <= climb + 1e-9
+        assert rates[-1] <= 0.2 + 1e-9
+
+
 def test_the_plan_fills_the_minutes() -> None:
     horizon = plan_horizon(PLAN, step=25, elapsed_seconds=40.0, evaluate_every=100, checkpoint_every=200)
     steps = horizon - 25
