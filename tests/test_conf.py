@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -12,7 +13,7 @@ from vidgpt.predict import main as predict
 from vidgpt.schema import register_schemas as register_model_schemas
 from vidgpt.train import main as train_gpt
 from vidtok.bench import main as bench_tokenizer
-from vidtok.config import VidTokConfig
+from vidtok.config import QUANTIZERS, VidTokConfig
 from vidtok.encode import main as encode
 from vidtok.evaluate import main as evaluate_tokenizer
 from vidtok.model import VidTokModel
@@ -54,6 +55,21 @@ def test_every_tokenizer_preset_builds(preset: str) -> None:
     values["width"] = 8
     model = VidTokModel(VidTokConfig(**values))
     assert model.config.codebook_size > 1
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("preset", presets("tokenizer"))
+def test_every_tokenizer_preset_takes_every_quantizer(preset: str, quantizer: str) -> None:
+    values = composed("vidtok_train", "data=digits", f"tokenizer={preset}", f"tokenizer.quantizer={quantizer}")["tokenizer"]
+    size = values["codebook_size"]
+    if quantizer in ("lfq", "bsq") and size.bit_count() > 1:
+        sentence = rf"codebook_size={size} is no power of two, which quantizer={quantizer} needs: use "
+        with pytest.raises(StrictDataclassClassValidationError, match=sentence):
+            VidTokConfig(**values)
+        values["codebook_size"] = 1 << size.bit_length()
+    config = VidTokConfig(**values)
+    assert config.quantizer == quantizer
+    assert config.codebook_factors == ([values["codebook_size"]] if quantizer not in ("kl", "none") else [])
 
 
 @pytest.mark.parametrize("preset", presets("model"))

@@ -191,6 +191,7 @@ def test_torchscript_runs_only_where_each_command_is_told_so(tokenizers, film: P
         (["checkpoint=runs/tok", "tokenizer=emu3", "tokenizer.path={emu3}"], "two tokenizers are given"),
         (["tokenizer=emu3"], "tokenizer.path must be given"),
         (["tokenizer.path={emu3}"], "give tokenizer=NAME too, one of chameleon, cosmos, emu3, flava, glm_image, janus"),
+        (["pretrained@tokenizer=emu3", "tokenizer.path={emu3}/nowhere"], "nowhere does not exist"),
         (["tokenizer=emu"], "tokenizer=emu: unknown preset, did you mean emu3?"),
         (["tokenizer=janus", "tokenizer.path={emu3}"], "holds one of the kind emu3"),
         (["tokenizer=emu3", "tokenizer.path={emu3}/nowhere"], "nowhere does not exist"),

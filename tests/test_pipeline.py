@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from vidgpt import checkpoint_evaluation
 from vidgpt.evaluate import main as evaluate
+from vidgpt.options import EvaluateOptions
 from vidgpt.predict import main as predict
 from vidgpt.rollout import Predictor
 from vidgpt.train import main as train_gpt
@@ -130,7 +131,17 @@ def test_an_output_that_is_a_file_is_refused_before_the_work(work: Path, tmp_pat
     monkeypatch.setattr(checkpoint_evaluation, "_measure", lambda *_: pytest.fail("the model was evaluated"))
     (tmp_path / "taken").write_text("mine")
     arguments = [f"checkpoint={work / 'gpt'}", f"tokens={work / 'tokens'}", f"output={tmp_path / 'taken'}"]
-    assert run(evaluate, capsys, *arguments) == (2, f"vidgpt-evaluate: {tmp_path / 'taken'}: File exists\n")
+    status, error = run(evaluate, capsys, *arguments)
+    assert (
+        status == 2 and "cannot be a folder, because" in error and error.endswith("taken is a file: give another output folder\n")
+    )
+
+
+def test_a_report_that_no_evaluation_wrote_is_not_written_over(tmp_path) -> None:
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(ValueError, match=r"report\.html is there already, and no evaluation of this folder wrote it"):
+        checkpoint_evaluation.evaluate_checkpoint(EvaluateOptions("no checkpoint", "no tokens", str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_reconstruct_writes_a_film_beside_its_figures(work: Path, tmp_path, capsys) -> None:

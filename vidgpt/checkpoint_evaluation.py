@@ -1,5 +1,6 @@
 """Evaluate a trained folder on a token dataset and write what was found."""
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,27 @@ from vidgpt.pages import headline, write_evaluation_report
 from vidgpt.rollout import check_model, stream_tokens
 from vidgpt.sampling import SamplingOptions
 from vidtok.card import Card, check_cards
-from vidtok.folders import load_model, model_folder
+from vidtok.folders import OutputFolder, load_model, model_folder
 from vidtok.run.sampler import spread
 from vidtok.tokens import TokenDataset, longest_row
+
+RECORD_FILE = "evaluation.json"
+FILES = (
+    *("metrics.json", "by_frame.csv", "by_position.csv", "report.html"),
+    *(f"accuracy_by_{name}.png" for name in ("horizon", "frame", "position")),
+    "changes_by_horizon.png",
+)
+_OURS = re.compile("|".join(map(re.escape, (*FILES, RECORD_FILE))))
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> TokenReport:
     """Write metrics.json, the tables and the curves into options.output; gives the report.
 
+    evaluation.json there names them, so that a later evaluation replaces them, and no other file.
     Raises ValueError when the tokens come from another tokenizer, or context leaves nothing of the window.
     """
+    output = OutputFolder(Path(options.output), RECORD_FILE, _OURS)
+    output.check(FILES)
     folder = model_folder(options.checkpoint, VidGPTConfig.model_type)
     model, card = load_model(VidGPTForCausalLM, folder), Card.load(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,18 +57,17 @@ def evaluate_checkpoint(options: EvaluateOptions) -> TokenReport:
             f"split {options.split!r} has {longest}; give a smaller context or longer clips"
         )
     clips = TokenDataset(options.tokens, options.split, window)
-    # Before the work of minutes: it may be a file.
-    Path(options.output).mkdir(parents=True, exist_ok=True)
     print(
         f"evaluating {min(options.clips, len(clips))} clips of {window} frames teacher-forced, {min(options.rollout_clips, len(clips))} "
         f"free-running from {options.context} frames",
         flush=True,
     )
     report = _measure(model, layout, clips, _counts(options, layout), options)
-    report.write(options.output)
-    page = write_evaluation_report(report, Path(options.output), f"Tokens of {options.checkpoint}", asdict(options))
+    output.replace(FILES, asdict(options))
+    report.write(output.path)
+    page = write_evaluation_report(report, output.path, f"Tokens of {options.checkpoint}", asdict(options))
     print("\n".join(headline(report)))
-    print(f"figures in {Path(options.output) / 'metrics.json'}, curves and tables in {page}")
+    print(f"figures in {output.path / 'metrics.json'}, curves and tables in {page}")
     return report
 
 

@@ -22,7 +22,7 @@ class VidGPTConfig(PreTrainedConfig):
 
     window: latent frames that fit (context and future together); 0 is 24, or in training the longest clip where that is shorter.
     factors: an id of a large codebook as digits, coarsest first; [512,512] for 2**18 ids. null takes the tokenizer's own codebooks.
-    digits: slots foretells the digits of a place one after the other, parallel all at once: fewer tokens, but independent digits.
+    digits: slots predicts the digits of a place one after the other, parallel all at once: fewer tokens, but independent digits.
     rope_theta: base of the rotary phases; small, because the axes are short. loss_chunk: logits (tokens x vocabulary) held at once
     by the loss.
     """
@@ -119,6 +119,6 @@ class VidGPTConfig(PreTrainedConfig):
             )
         if self.tie_word_embeddings and self.digits == "parallel" and len(factors) > 1:
             raise ValueError(
-                "tie_word_embeddings=true and digits=parallel exclude each other, because the head has no leads to foretell: "
+                "tie_word_embeddings=true and digits=parallel exclude each other, because the head has no leads to predict: "
                 "set one of them back"
             )

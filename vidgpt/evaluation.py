@@ -1,6 +1,6 @@
 """Evaluate a transformer on token clips: teacher-forced and free-running, two regimes that never share a figure.
 
-Teacher-forced: every token after the first frame is foretold from the true tokens before it. Free-running: frames after a
+Teacher-forced: every token after the first frame is predicted from the true tokens before it. Free-running: frames after a
 given context are generated from the model's own tokens and compared with the real ones.
 """
 
@@ -47,7 +47,7 @@ class TokenReport:
     free_running: RolloutMeter | None  # None where no generator was given
 
     def metrics(self) -> dict[str, Any]:
-        """Give the contents of metrics.json: regime, then who foretells, then figures named with their units."""
+        """Give the contents of metrics.json: regime, then who predicts, then figures named with their units."""
         figures: dict[str, Any] = {
             "clips_count": self.clips,
             "teacher_forced": {name: meter.summary() for name, meter in self.teacher_forced.items()},
@@ -106,7 +106,7 @@ def evaluate_tokens(
     batch_size: int = 4,
     progress: Progress | None = None,
 ) -> TokenReport:
-    """Evaluate model(input_ids).logits (B, L, layout.num_logits), where logits at p foretell p + 1, beside baselines of train_counts.
+    """Evaluate model(input_ids).logits (B, L, layout.num_logits), where logits at p predict p + 1, beside baselines of train_counts.
 
     train_counts: None leaves the unigram baselines out; a token then stays the same with the chance 1/2.
     clips: batches of "indices" (B, t, h, w) and "actions" (B, t) or None, t > context, t may differ between batches.
@@ -188,7 +188,7 @@ def teacher_forced_scores(model: nn.Module, layout: TokenLayout, indices: Tensor
     indices: (B, t, h, w), where the model's weights are; actions: (B, t) or None. Gives scores of shape (B, t - 1, h, w).
     """
     batch, frames, height, _ = indices.shape
-    foretell = _foreteller(model, layout, layout.flatten(indices, actions))
+    predict = _predictor(model, layout, layout.flatten(indices, actions))
     targets = rearrange(layout.split(indices[:, 1:]), "B t h w q -> q B (t h w)")
     # At most a frame at a time: the fp32 softmax of a whole clip would double the memory that its logits take.
     rows = max(1, min(layout.cells, HELD_LOGITS // (batch * layout.num_logits)))
@@ -197,14 +197,14 @@ def teacher_forced_scores(model: nn.Module, layout: TokenLayout, indices: Tensor
         positions = layout.positions_of(slot, frames)[layout.cells :].to(indices.device)
         for at in range(0, len(positions), rows):
             piece = slice(at, at + rows)
-            logits = foretell(positions[piece])
+            logits = predict(positions[piece])
             for digit, due in zip(layout.due_digits(slot), layout.due_logits(logits, slot), strict=True):
                 scores[digit].append(score_logits(due, targets[digit][:, piece]))
     return join_scores([_as_grid(pieces, height, frames - 1) for pieces in scores.values()])
 
 
-def _foreteller(model: nn.Module, layout: TokenLayout, input_ids: Tensor) -> Callable[[Tensor], Tensor]:
-    """Give a function from positions (n,) of input_ids (B, L) to the logits (B, n, V) that foretell them.
+def _predictor(model: nn.Module, layout: TokenLayout, input_ids: Tensor) -> Callable[[Tensor], Tensor]:
+    """Give a function from positions (n,) of input_ids (B, L) to the logits (B, n, V) that predict them.
 
     Where there are more than HELD_LOGITS, they are computed when asked for.
     """

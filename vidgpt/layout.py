@@ -6,7 +6,7 @@ A token's position is its index in the whole sequence, so an engine that counts 
 
 Outside, an id of a large or residual codebook is one integer a place; here it has digits (vidtok.digits, coarsest first).
 With digits="slots" each digit takes a slot of its own, beside those of its place, and has ids of its own. With "parallel"
-a place is one slot that holds the whole id, and its digits are foretold together, independent of each other given the past.
+a place is one slot that holds the whole id, and its digits are predicted together, independent of each other given the past.
 With one digit, the common case, the two are the same.
 """
 
@@ -123,7 +123,7 @@ class TokenLayout:
         return range(self.num_digits) if self.is_parallel else range(first, first + 1)
 
     def due_logits(self, logits: Tensor, slot: int) -> list[Tensor]:
-        """Cut the logits (..., num_logits) that foretell picture slot `slot` into one (..., factor) for each digit due there."""
+        """Cut the logits (..., num_logits) that predict picture slot `slot` into one (..., factor) for each digit due there."""
         return [logits[..., slice(*self.spans[digit])] for digit in self.due_digits(slot)]
 
     def token(self, digits: Sequence[Tensor], slot: int) -> Tensor:

@@ -14,7 +14,7 @@ from vidgpt.layout import IGNORED, TokenLayout
 def place_cross_entropy(hidden_states: Tensor, head: Tensor, labels: Tensor, layout: TokenLayout, max_logits: int) -> Tensor:
     """Give the cross-entropy in nats a place of the grid, fp32: the sum over an id's digits of the mean of each.
 
-    hidden_states: (B, L, D); head: (num_logits, D); labels: (B, L), ids or IGNORED, shifted here. Of several digits each is foretold
+    hidden_states: (B, L, D); head: (num_logits, D); labels: (B, L), ids or IGNORED, shifted here. Of several digits each is predicted
     among its own values alone, as it is drawn. See chunked_cross_entropy.
     """
     hidden_states, targets = hidden_states.flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()

@@ -2,7 +2,7 @@
 
 Every figure is a sum over tokens, kept in float64 by (frame, row, column) and divided once at the end, so clips and
 batches weigh by their token count. Separators and actions never enter: only picture tokens are scored. A token is one id of a
-place, also where a model foretells it in several digits.
+place, also where a model predicts it in several digits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOP = 5
 
 @dataclass(frozen=True)
 class TokenScores:
-    """How well each true token was foretold; three float64 tensors of one shape (B, t, h, w)."""
+    """How well each true token was predicted; three float64 tensors of one shape (B, t, h, w)."""
 
     nats: Tensor  # -log p(true token)
     top1: Tensor  # 1 where the likeliest token is the true one
@@ -33,7 +33,7 @@ class TokenScores:
 
 
 def join_scores(digits: Sequence[TokenScores]) -> TokenScores:
-    """Score tokens by their digits, each foretold given the true ones before it or independent of them.
+    """Score tokens by their digits, each predicted given the true ones before it or independent of them.
 
     By the chain rule nats add up; a token is right where all its digits are, since greedy decoding finds it just then.
     """
@@ -247,7 +247,8 @@ class Baselines:
         if is_known.all():
             return probability, rank
         probability = torch.where(is_known, probability, self.counts.unseen(indices))
-        return probability, rank.masked_fill(~is_known, len(self.unigram))
+        # Behind the first five too, of which fewer ids than that were seen.
+        return probability, rank.masked_fill(~is_known, max(len(self.unigram), TOP))
 
     def _uniform(self, targets: Tensor) -> TokenScores:
         """Score equal probabilities; a blind guess hits in one of V, which is entered as an exact expectation."""

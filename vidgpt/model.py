@@ -215,7 +215,7 @@ class VidGPTForCausalLM(VidGPTPreTrainedModel, GenerationMixin):
         """
         if self.model.layout.is_parallel:
             raise ValueError(
-                "generate draws one id from one distribution, but a model of digits=parallel foretells several digits at once: "
+                "generate draws one id from one distribution, but a model of digits=parallel predicts several digits at once: "
                 "use Predictor or vidgpt.rollout.stream_tokens, or train with model.digits=slots"
             )
         return super().generate(*args, **kwargs)

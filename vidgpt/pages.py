@@ -105,7 +105,8 @@ def token_figures(tokens: TokenReport, folder: Path) -> list[Figure]:
             plots.plot_accuracy_by_frame(tokens, folder / "accuracy_by_frame.png"), "Every token given all true ones before it"
         ),
         Figure(
-            plots.plot_accuracy_by_position(tokens, folder / "accuracy_by_position.png"), "Where in the frame tokens are foretold"
+            plots.plot_accuracy_by_position(tokens, folder / "accuracy_by_position.png"),
+            "Where in the frame tokens are predicted",
         ),
     ]
 

@@ -35,15 +35,17 @@ def evaluate_pixels(
     actions: Tensor | None = None,
     options: SamplingOptions | None = None,
     seed: int = 0,
+    history: int = 0,
 ) -> PixelReport:
-    """Predict what follows the first `context` frames of clips (B, 3, T, H, W) and compare with what did follow.
+    """Predict what follows the first `history + context` frames of clips (B, 3, T, H, W) and compare with what did follow.
 
-    Greedy unless options say otherwise. context: as Predictor.predict takes it.
+    Greedy unless options say otherwise. context, history: as Predictor.predict takes them; the report is without the history.
     """
-    future = video.shape[2] - context
-    real = video.to(predictor.device)
-    ceiling = predictor.tokenizer.reconstruct(real)
-    predicted = predictor.predict(real[:, :, :context], future, seed=seed, options=options, actions=actions)
+    end = history + context
+    future = video.shape[2] - end
+    given, real = (frames.to(predictor.device) for frames in (video[:, :, :end], video[:, :, history:]))
+    ceiling = predictor.decode(predictor.encode(video))[:, :, history : video.shape[2]]
+    predicted = predictor.predict(given, future, seed=seed, options=options, actions=actions, history=history)
     truth = real[:, :, context:]
     copied = repeat(real[:, :, context - 1], "b c h w -> b c t h w", t=future)
     forecasts = {"prediction": predicted, "copy_last_frame": copied, "tokenizer_ceiling": ceiling[:, :, context:]}

@@ -40,27 +40,24 @@ def predict_file(options: PredictOptions) -> dict[str, object]:
     )
     check_decoder(predictor.tokenizer)
     predictor.check_window(options.context, options.future)
-    # Without the frames in front, ids would say that the video begins here, as few of those that were trained on do.
-    history = predictor.tokenizer.history_frames
+    history = predictor.history_frames
     context = read_context(options.input, predictor.card, options.context, options.future, options.start, history)
     print(context.note)
     actions = _actions(options, predictor, context)
-    encoded = predictor.encode(torch.cat([context.history, context.video], dim=2))
-    front, tokens = (
-        predictor.samples(part, options.samples)
-        for part in encoded.tensor_split([context.history.shape[2] // predictor.card.stride_t], dim=1)
-    )
+    encoded = predictor.encode_after(torch.cat([context.history, context.video], dim=2), context.history.shape[2])
+    past, tokens = (predictor.samples(part, options.samples) for part in encoded)
     started = time.monotonic()
     stream = predictor.stream(tokens, predictor.latent_frames(options.future), options.seed, sampling, options.decoding, actions)
     steps = predictor.latent_frames(options.future)
     future = torch.stack(list(track(stream, description="predicting frames", total=steps, transient=True)), dim=1)
     seconds = time.monotonic() - started
-    given = context.video.shape[2]
-    video = predictor.decode(torch.cat([front, tokens, future], dim=1)).cpu()[:, :, context.history.shape[2] :]
-    video = video[:, :, : given + options.future]
+    video = predictor.show(torch.cat([past, tokens], dim=1), future, options.future).cpu()
     record = folder.replace(_file_names(options), _record(options, predictor, context, seconds))
     output = folder.path
-    _write(output, options, predictor, context, video, tokens, future)
+    _write(output, options, predictor.card.fps, context, video)
+    # A part of no tokens is no history, but the start of a video.
+    parts = {"history": past, "context": tokens, "future": future}
+    save_file({name: part.cpu().contiguous() for name, part in parts.items() if part.numel()}, output / "tokens.safetensors")
     print(
         f"{options.future} frames x {options.samples} in {seconds:.1f} s; see {output / 'strip.png'} and {output / 'prediction.mp4'}"
     )
@@ -87,7 +84,9 @@ def _actions(options: PredictOptions, predictor: Predictor, context: Context) ->
             raise ValueError("actions= was given, but this model was trained without actions: leave it away")
         return None
     if options.actions is None:
-        raise ValueError("this model was trained with actions: give actions=FILE, one whole number a frame, context and future")
+        raise ValueError(
+            "this model was trained with actions: give actions=FILE, one whole number a latent frame, context and future"
+        )
     actions = read_actions(options.actions, predictor.layout.num_actions)
     needed = predictor.card.latent_frames_in(context.video.shape[2]) + predictor.latent_frames(options.future)
     if actions.shape[1] != needed:
@@ -97,22 +96,19 @@ def _actions(options: PredictOptions, predictor: Predictor, context: Context) ->
     return actions.expand(options.samples, -1)
 
 
-def _write(
-    output: Path, options: PredictOptions, predictor: Predictor, context: Context, video: Tensor, tokens: Tensor, future: Tensor
-) -> None:
-    given, fps = context.video.shape[2], predictor.card.fps
+def _write(output: Path, options: PredictOptions, fps: float, context: Context, video: Tensor) -> None:
+    given = context.video.shape[2]
     real = to_frames(context.video[0])
     rows = {}
     for sample in range(options.samples):
-        predicted = to_frames(video[sample, :, given:])
+        predicted = to_frames(video[sample])
         write_video(output / _video_name(sample), np.concatenate([real, predicted]), fps)
         rows["predicted" if options.samples == 1 else f"sample {sample}"] = np.concatenate([real, predicted])
-    for index, frame in enumerate(to_frames(video[0, :, given:])):
+    for index, frame in enumerate(to_frames(video[0])):
         write_png(output / _frame_name(index), frame)
     if context.truth is not None:
         rows = {"real": np.concatenate([real, to_frames(context.truth[0])]), **rows}
     write_png(output / "strip.png", strip_image(rows, given))
-    save_file({"context": tokens.cpu().contiguous(), "future": future.cpu().contiguous()}, output / "tokens.safetensors")
 
 
 def _record(options: PredictOptions, predictor: Predictor, context: Context, seconds: float) -> dict[str, object]:
@@ -121,6 +117,7 @@ def _record(options: PredictOptions, predictor: Predictor, context: Context, sec
         **asdict(options),
         "context_frames_used": context.video.shape[2],
         "context_first_frame": context.first_frame,
+        "history_frames": context.history.shape[2],
         "input_note": context.note,
         "fps": predictor.card.fps,
         "tokenizer_fingerprint": predictor.card.tokenizer_fingerprint,

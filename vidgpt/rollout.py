@@ -13,6 +13,7 @@ from vidgpt.model import VidGPTForCausalLM
 from vidgpt.sampling import SamplingOptions, generators
 from vidtok.card import Card
 from vidtok.folders import load_model, model_folder
+from vidtok.run.processes import in_precision
 from vidtok.tokenizer import Tokenizer, check_decoder, load_tokenizer
 from vidtok.video import check_video
 
@@ -63,6 +64,16 @@ class Predictor:
         """Where the weights are."""
         return self.model.device
 
+    @property
+    def history_frames(self) -> int:
+        """Frames in front of a context to encode it with, 0 where the model knows the first frames of rows only.
+
+        A context encoded without them says that the video begins there.
+        """
+        card = self.card
+        is_cut = card.frames > card.rows * card.frames_of(self.model.config.window)
+        return self.tokenizer.history_frames if is_cut else 0
+
     def check_window(self, context: int, future: int) -> None:
         """Raise ValueError when a context and a future, in pixel frames, exceed the window."""
         card = self.card
@@ -83,20 +94,23 @@ class Predictor:
         decoding: str = "raster",
         actions: Tensor | None = None,
         first_sequence: int = 0,
+        history: int = 0,
     ) -> Tensor:
         """Predict the next frames.
 
-        video: (B, 3, T, H, W) in [-1, 1] at the card's frame size, T = first_frames + k * stride_t of the card, 1 + k * stride_t for
-        our own tokenizers. Gives (B, 3, future, H, W) in [-1, 1].
+        video: (B, 3, T, H, W) in [-1, 1] at the card's frame size, T = history + first_frames + k * stride_t of the card, first_frames
+        being 1 for our own tokenizers. Gives (B, 3, future, H, W) in [-1, 1].
+        history: so many first frames, k * stride_t, are not context but the past it is encoded and shown with, as inside a longer
+        video; history_frames of them are enough, where the video has them.
         actions: (B, latent frames of context and future) where the model knows actions. first_sequence: number of the first clip, so
         that clip i of a batch is drawn as it would be alone with first_sequence=i. Raises ValueError, before any work, for another
         video, a context and future that exceed the window, an unknown plan, wrong actions, and a tokenizer without a decoder.
         """
-        self._check_request(video, future, decoding, actions)
-        context = self.encode(video)
+        self._check_request(video, future, decoding, actions, history)
+        past, context = self.encode_after(video, history)
         steps = self.latent_frames(future)
         indices = torch.stack(list(self.stream(context, steps, seed, options, decoding, actions, first_sequence)), dim=1)
-        return self.decode(torch.cat([context, indices], dim=1))[:, :, video.shape[2] :][:, :, :future]
+        return self.show(torch.cat([past, context], dim=1), indices, future)
 
     def stream(
         self,
@@ -121,8 +135,20 @@ class Predictor:
         )
 
     def encode(self, video: Tensor) -> Tensor:
-        """Give the indices (B, t, h, w) of clips (B, 3, T, H, W)."""
-        return self.tokenizer.encode(video.to(self.device))
+        """Give the indices (B, t, h, w) of clips (B, 3, T, H, W), computed in the precision of those that were trained on."""
+        with in_precision(self.card.precision, self.device):
+            return self.tokenizer.encode(video.to(self.device))
+
+    def encode_after(self, video: Tensor, history: int) -> tuple[Tensor, Tensor]:
+        """Give the indices of the first `history` frames, k * stride_t, of clips (B, 3, T, H, W), and those of the context behind."""
+        past = history // self.card.stride_t
+        indices = self.encode(video)
+        return indices[:, :past], indices[:, past:]
+
+    def show(self, given: Tensor, indices: Tensor, future: int) -> Tensor:
+        """Give the frames (B, 3, future, H, W) that `indices` show after the indices `given`, both (B, t, h, w)."""
+        begin = self.card.frames_of(given.shape[1])
+        return self.decode(torch.cat([given, indices], dim=1))[:, :, begin : begin + future]
 
     def decode(self, indices: Tensor) -> Tensor:
         """Give the clips (B, 3, T, H, W) of indices (B, t, h, w), at the card's frame size."""
@@ -133,12 +159,15 @@ class Predictor:
         """Repeat every clip `samples` times, clip-major."""
         return repeat(context, "b ... -> (b s) ...", s=samples)
 
-    def _check_request(self, video: Tensor, future: int, decoding: str, actions: Tensor | None) -> None:
+    def _check_request(self, video: Tensor, future: int, decoding: str, actions: Tensor | None, history: int) -> None:
         """Raise ValueError for what would otherwise show only after the work is done, or not at all."""
         check_decoder(self.tokenizer)
         check_video(video)
-        frames, height, width = video.shape[2:]
         card = self.card
+        if history not in range(0, video.shape[2], card.stride_t):
+            raise ValueError(f"history={history} of {video.shape[2]} frames: give fewer, 0 or a multiple of {card.stride_t}")
+        height, width = video.shape[3:]
+        frames = video.shape[2] - history
         if (height, width) != (card.frame_height, card.frame_width):
             size = (card.frame_height, card.frame_width)
             raise ValueError(

@@ -95,19 +95,26 @@ def _held_out_episodes(options: DemoOptions) -> list[Episode]:
 def predict_held_out(options: DemoOptions) -> PixelReport:
     """Predict clips of the validation episodes, spread evenly, greedily."""
     predictor = Predictor.from_pretrained(options.gpt_training.run_dir)
-    video, actions = held_out_clips(options)
-    return evaluate_pixels(predictor, video, options.context, actions if predictor.layout.num_actions else None)
+    length = options.context + options.future
+    video, actions = held_out_clips(options, predictor.history_frames, predictor.card.stride_t)
+    history = video.shape[2] - length
+    return evaluate_pixels(predictor, video, options.context, actions if predictor.layout.num_actions else None, history=history)
 
 
-def held_out_clips(options: DemoOptions) -> tuple[Tensor, Tensor]:
-    """Give clips (B, 3, context + future, H, W) and their actions (B, context + future)."""
+def held_out_clips(options: DemoOptions, history: int, stride_t: int) -> tuple[Tensor, Tensor]:
+    """Give clips (B, 3, history + context + future, H, W) and the actions (B, context + future).
+
+    history: as many frames as asked for, in whole steps of time, or as the shortest episode has.
+    """
     episodes = _held_out_episodes(options)
     length = options.context + options.future
+    room = min(len(episode.frames) for episode in episodes) - length
+    history = min(history, room // stride_t * stride_t)
     per_episode = -(-options.pixel_clips // len(episodes))
     videos, actions = [], []
     for episode in episodes:
-        for start in np.linspace(0, len(episode.frames) - length, per_episode).round().astype(int):
-            videos.append(to_video(episode.frames[start : start + length]))
+        for start in np.linspace(history, len(episode.frames) - length, per_episode).round().astype(int):
+            videos.append(to_video(episode.frames[start - history : start + length]))
             taken = np.zeros(length, np.int64) if episode.actions is None else episode.actions[start : start + length]
             actions.append(torch.as_tensor(np.array(taken)))
     return torch.stack(videos[: options.pixel_clips]), torch.stack(actions[: options.pixel_clips])

@@ -173,7 +173,7 @@ def _digits(layout: TokenLayout) -> str:
     if layout.num_digits == 1:
         return ""
     sizes = "x".join(map(str, layout.factors))
-    return f" places of {layout.num_digits} digits ({sizes} values), foretold {'together' if layout.is_parallel else 'in turn'},"
+    return f" places of {layout.num_digits} digits ({sizes} values), predicted {'together' if layout.is_parallel else 'in turn'},"
 
 
 def _baseline_lines(clips: TokenDataset, held_out: TokenDataset, layout: TokenLayout, options: TrainGPTOptions) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from vidtok.config import VidTokConfig
-from vidtok.folders import load_model
+from vidtok.folders import OutputFolder, load_model
 from vidtok.health.seams import Coder
 from vidtok.measuring import Call, convolution_flops, convolutions, count_flops, measure, peak_bytes, speed_up, spread
 from vidtok.model import VidTokModel
@@ -25,6 +25,7 @@ from vidtok.options import BenchTokenizerOptions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PARTS = ("encode", "decode")
+RECORD_FILE = "bench.json"
 MEBIBYTE = 1 << 20
 
 
@@ -54,10 +55,12 @@ def variants(options: BenchTokenizerOptions) -> list[Variant]:
 
 
 def bench_tokenizer(options: BenchTokenizerOptions) -> dict[str, Any]:
-    """Measure a tokenizer, print a table and write bench.json into options.output; gives what was written.
+    """Measure a tokenizer, print a table and write bench.json into options.output, over an earlier bench only; gives what was written.
 
     Raises FileNotFoundError or ValueError for a tokenizer that cannot be loaded, built or compiled.
     """
+    folder = OutputFolder(Path(options.output), RECORD_FILE, re.compile(re.escape(RECORD_FILE)))
+    folder.check(())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _load(options).to(device)
     weights = "random" if options.checkpoint is None else "trained"
@@ -73,10 +76,8 @@ def bench_tokenizer(options: BenchTokenizerOptions) -> dict[str, Any]:
     except TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"this machine cannot compile the tokenizer ({reason}): leave compile out") from error
-    path = Path(options.output) / "bench.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    _print(result, path)
+    result = folder.replace((), result)
+    _print(result, folder.path / RECORD_FILE)
     return result
 
 

@@ -124,9 +124,9 @@ class Entry:
     def _check_chosen(self, overrides: Sequence[str]) -> None:
         """Refuse a key of a group of another folder whose preset was not chosen: Hydra knows no key there."""
         named = [override.lstrip("+~").partition("=")[0] for override in overrides]
-        for group in self.folders:
+        for group, folder in self.folders.items():
             inner = [name for name in named if name.startswith(f"{group}.")]
-            if inner and group not in named:
+            if inner and {group, f"{folder}@{group}"}.isdisjoint(named):
                 names = ", ".join(self._presets()[group])
                 raise ValueError(f"{inner[0]} is given without {group}=NAME: give {group}=NAME too, one of {names}")
 

@@ -66,6 +66,16 @@ def pack_digits(digits: Tensor, factors: Sequence[int]) -> Tensor:
     return packed
 
 
+def check_indices(indices: Tensor) -> None:
+    """Raise ValueError unless these may be ids of a clip: integers (B, t, h, w)."""
+    if indices.ndim != 4 or not indices.numel():
+        raise ValueError(
+            f"indices have shape {tuple(indices.shape)}, not (B, t, h, w) of 1 or more each: give ids as encode does"
+        )
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise ValueError(f"indices are {indices.dtype}, but ids are whole numbers: give int64, or latents to decode_latents")
+
+
 def check_factors(factors: Sequence[int]) -> None:
     """Raise ValueError unless the factors are 1 or more and their ids fit into an int64."""
     if not factors or min(factors) < 1 or math.prod(factors) >= MAX_IDS:

@@ -12,10 +12,9 @@ from torch import Tensor
 from vidtok.card import Card
 from vidtok.data import Episode, EpisodeSet, build_episodes
 from vidtok.data.episodes import write_rejects
-from vidtok.health.seams import Coder, check_tiles
 from vidtok.options import EncodeOptions
 from vidtok.run.processes import in_precision, uses_bf16
-from vidtok.tokenizer import Tokenizer, choose_tokenizer, encode_stream, encodes_in_pieces, save_tokenizer
+from vidtok.tokenizer import Tokenizer, check_tiles, choose_tokenizer, encode_stream, encodes_in_pieces, save_tokenizer
 from vidtok.tokens import TokenRow, TokenWriter
 from vidtok.video import to_video
 
@@ -44,7 +43,7 @@ def encode_dataset(options: EncodeOptions, data: Mapping[str, Any]) -> Path:
         raise ValueError(f"output={output} cannot be a folder, because it is a file: give another output folder")
     tokenizer = choose_tokenizer(options.checkpoint, options.tokenizer)
     tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
-    check_tiles(Coder(tokenizer), options.tile)
+    check_tiles(tokenizer, options.tile)
     episodes = build_episodes(data)
     length, hop = clip_shape(tokenizer, options)
     card = _card(tokenizer, episodes, length, hop, "bf16" if uses_bf16(options.precision, tokenizer.device) else "fp32")

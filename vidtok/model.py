@@ -14,10 +14,11 @@ from transformers.utils import ModelOutput
 
 from vidtok.blocks import ChannelNorm, Downsample, Memory, Patchify, Pyramid, Upsample, ZeroConv2d
 from vidtok.config import VidTokConfig
+from vidtok.digits import check_indices
 from vidtok.fingerprint import encoder_fingerprint, fingerprint
 from vidtok.padding import grid_for, pad_clip, trim_clip, valid_frames
 from vidtok.quantizer import build_quantizer, refill_buffers
-from vidtok.streaming import StreamState, carrying, check_follows, in_parts, inference, joined, latents_at_once, regroup, uniform
+from vidtok.streaming import StreamState, carry_state, check_same_size, concatenate, in_parts, inference, latents_at_once, regroup
 from vidtok.tiling import run_tiled, tile_cells
 from vidtok.video import check_video
 
@@ -139,6 +140,7 @@ class VidTokModel(PreTrainedModel):
         Leaves the model and its codebook unchanged. Raises ValueError on a wrong range or rank, and for continuous latents.
         Source: MAGVIT-v2, arXiv:2310.05737, section 3.
         """
+        check_video(video)
         return torch.cat(list(self.stream_encode([video], chunk_frames, tile, overlap)), dim=1)
 
     def decode(
@@ -165,7 +167,8 @@ class VidTokModel(PreTrainedModel):
     def encode_latents(
         self, video: Tensor, chunk_frames: int | None = None, tile: int | None = None, overlap: int | None = None
     ) -> Tensor:
-        """Give the continuous latents (B, D, t, h, w) before quantisation, of a KL tokenizer the mean; keys as in encode."""
+        """Give latents (B, D, t, h, w) unrounded: of kl the mean, of fsq bounded by tanh, of lfq the expected code; keys as in encode."""
+        check_video(video)
         return torch.cat(list(self.stream_encode_latents([video], chunk_frames, tile, overlap)), dim=2)
 
     def decode_latents(
@@ -179,7 +182,7 @@ class VidTokModel(PreTrainedModel):
         """Give the clips (B, 3, T, H, W) in [-1, 1], fp32, of codes or continuous latents (B, D, t, h, w); keys as in decode."""
         self._check_latents(latents)
         frames = 1 + (latents.shape[2] - 1) * self.stride_t
-        return trim_clip(joined(self._videos(latents, [], chunk_frames, tile, overlap), frames), size)
+        return trim_clip(concatenate(self._videos(latents, [], chunk_frames, tile, overlap), frames), size)
 
     def encode_chunk(self, video: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
         """Encode the next frames of a clip: 1 + k * stride_t without a state (the clip's start), k * stride_t with one.
@@ -203,7 +206,7 @@ class VidTokModel(PreTrainedModel):
         """Decode the next latent frames (B, n, h, w): 1 + (n - 1) * stride_t frames without a state, n * stride_t with one."""
         codes, states = self._codes(indices), [] if state is None else [state]
         frames = codes.shape[2] * self.stride_t - (self.stride_t - 1 if state is None else 0)
-        return joined(self._videos(codes, states), frames), states[0]
+        return concatenate(self._videos(codes, states), frames), states[0]
 
     def stream_encode(
         self, chunks: Iterable[Tensor], chunk_frames: int | None = None, tile: int | None = None, overlap: int | None = None
@@ -220,7 +223,7 @@ class VidTokModel(PreTrainedModel):
         self, chunks: Iterable[Tensor], chunk_frames: int | None = None, tile: int | None = None, overlap: int | None = None
     ) -> Iterator[Tensor]:
         """Yield clips (B, 3, m, H, W) of indices that come as (B, n, h, w), any n; equal to decode of the whole. Keys as in encode."""
-        return self.stream_decode_latents(map(self._codes, chunks), chunk_frames, tile, overlap)
+        return self.stream_decode_latents(map(self._codes, check_same_size(chunks, "Bnhw")), chunk_frames, tile, overlap)
 
     def stream_encode_latents(
         self, chunks: Iterable[Tensor], chunk_frames: int | None = None, tile: int | None = None, overlap: int | None = None
@@ -236,7 +239,7 @@ class VidTokModel(PreTrainedModel):
     ) -> Iterator[Tensor]:
         """Yield clips (B, 3, m, H, W) of what decode_latents takes, in chunks (B, D, n, h, w); see stream_decode."""
         states: list[StreamState] = []
-        for latents in uniform(chunks):
+        for latents in check_same_size(chunks):
             self._check_latents(latents)
             yield from self._videos(latents, states, chunk_frames, tile, overlap)
 
@@ -269,7 +272,7 @@ class VidTokModel(PreTrainedModel):
         size, around, _ = tile_cells(tile, overlap, self.encoder.reach(self.config.patch_s), self.stride_s)
         later = self._steps_at_once(cells, size + 2 * around, chunk_frames, len(video)) * self.stride_t
         for part in in_parts(video, later if states else later - self.stride_t + 1, later):
-            work = carrying(self._encode_step, states)
+            work = carry_state(self._encode_step, states)
             yield run_tiled(work, part, (cells[0], cells[1]), (self.stride_s, 1), size, around, 0)
 
     def _videos(
@@ -284,26 +287,24 @@ class VidTokModel(PreTrainedModel):
         height, width = latents.shape[3:]
         size, around, ramp = tile_cells(tile, overlap, self.decoder.reach(self.stride_s), self.stride_s)
         for part in latents.split(self._steps_at_once((height, width), size + 2 * around, chunk_frames, len(latents)), dim=2):
-            yield run_tiled(carrying(self._decode_step, states), part, (height, width), (1, self.stride_s), size, around, ramp)
+            yield run_tiled(carry_state(self._decode_step, states), part, (height, width), (1, self.stride_s), size, around, ramp)
 
-    def _encode_step(self, video: Tensor, state: StreamState | None) -> tuple[Tensor, StreamState]:
+    def _encode_step(self, video: Tensor, state: StreamState | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Give latents of frames of any size, padded to whole tokens, and what to keep of them."""
-        size = check_follows(video, state)
         grid = self.grid_for(*video.shape[2:])
         frames = self.valid_frames(video.shape[2])[1] if state is None else -(-video.shape[2] // self.stride_t) * self.stride_t
         with inference(self):
             video = pad_clip(video, frames, grid[1] * self.stride_s, grid[2] * self.stride_s).to(self.device, self.dtype)
             memory = Memory(None if state is None else state.tensors)
             latents = self.encoder(self.patchify(video, state is None), memory)
-        return latents, StreamState(size, tuple(memory.kept))
+        return latents, tuple(memory.kept)
 
-    def _decode_step(self, codes: Tensor, state: StreamState | None) -> tuple[Tensor, StreamState]:
-        size = check_follows(codes, state)
+    def _decode_step(self, codes: Tensor, state: StreamState | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         with inference(self):
             memory = Memory(None if state is None else state.tensors)
             patches = self.decoder(codes.to(self.device, self.dtype), memory)
             video = self.patchify.inverse(patches, state is None).float().clamp(-1, 1)
-        return video, StreamState(size, tuple(memory.kept))
+        return video, tuple(memory.kept)
 
     def _indices(self, latents: Tensor) -> Tensor:
         with inference(self):
@@ -311,12 +312,7 @@ class VidTokModel(PreTrainedModel):
 
     def _codes(self, indices: Tensor) -> Tensor:
         self._check_discrete()
-        if indices.ndim != 4 or not indices.numel():
-            raise ValueError(
-                f"indices have shape {tuple(indices.shape)}, not (B, t, h, w) of 1 or more each: give ids as encode does"
-            )
-        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-            raise ValueError(f"indices are {indices.dtype}, but ids are whole numbers: give int64, or latents to decode_latents")
+        check_indices(indices)
         with inference(self):
             return self.quantizer.decode(indices.to(self.device))
 

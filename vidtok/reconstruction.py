@@ -1,4 +1,7 @@
-"""One video through the tokenizer and back, written beside its figures, as it is read: memory does not grow with its length."""
+"""One video through the tokenizer and back, written beside its figures, as it is read.
+
+Memory does not grow with its length, unless the tokenizer must see the whole clip: see encode_stream and decode_stream.
+"""
 
 import json
 import re
@@ -13,11 +16,10 @@ from rich.progress import track
 from torch import Tensor
 
 from vidtok.folders import OutputFolder
-from vidtok.health.seams import Coder, check_tiles
 from vidtok.metrics import CodeMeter, FrameMeter, frames_at_once, psnr_by_frame, ssim_by_frame
 from vidtok.options import ReconstructOptions
 from vidtok.run.processes import in_precision
-from vidtok.tokenizer import Tokenizer, check_decoder, choose_tokenizer, decode_stream, encode_stream
+from vidtok.tokenizer import Tokenizer, check_decoder, check_tiles, choose_tokenizer, decode_stream, encode_stream
 from vidtok.video import VideoInfo, iter_frames, open_video, probe, resize_frames, to_frames, to_video
 
 RECORD_FILE = "reconstruction.json"
@@ -68,14 +70,14 @@ def reconstruct_file(options: ReconstructOptions) -> dict[str, float]:
     tokenizer = choose_tokenizer(options.checkpoint, options.tokenizer)
     check_decoder(tokenizer)
     tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
-    check_tiles(Coder(tokenizer), options.tile)
+    check_tiles(tokenizer, options.tile)
     info = probe(options.input)
     pieces = _read(options, info)
-    # Read before anything is written: a source that cannot be read leaves what was there.
-    first = next(pieces)
+    first = next(pieces, None)
+    if first is None:
+        raise ValueError(f"input={options.input} shows no frame: give a video with one or more")
     height, width = first.shape[1:3]
     _say(options, (height, width), (info.height, info.width))
-    folder.replace(FILES, asdict(options))
     figures, fps = Figures(tokenizer), options.fps or info.fps
     pieces = iter(track(chain([first], pieces), description="reconstructing", transient=True))
     with (
@@ -87,6 +89,8 @@ def reconstruct_file(options: ReconstructOptions) -> dict[str, float]:
             decoded = to_frames(reconstruction[0])
             write(decoded)
             write_pair(np.concatenate([frames, decoded], axis=2))
+        # The films have their names once they are whole: a failure on the way here leaves what was there.
+        folder.replace(FILES, asdict(options))
     metrics = figures.summary()
     (folder.path / FILES[2]).write_text(json.dumps(metrics, indent=1) + "\n")
     pair = folder.path / FILES[1]
@@ -120,7 +124,8 @@ def _reconstructed(
         # Not around the loop: what is done with the frames is measured in fp32.
         with in_precision(options.precision, device):
             video = next(videos, None)
-        if video is None:
+        # Where nothing waits, what still comes is padding.
+        if video is None or not waiting:
             return
         frames = np.stack(waiting[: video.shape[2]])
         del waiting[: video.shape[2]]

@@ -28,20 +28,23 @@ class StreamState:
         return StreamState(self.size, tuple(tensor.to(device) for tensor in self.tensors))
 
 
-Step = Callable[[Tensor, StreamState | None], tuple[Tensor, StreamState]]
+# Gives the result for a part, and the tensors of the state after it.
+Step = Callable[[Tensor, StreamState | None], tuple[Tensor, tuple[Tensor, ...]]]
 
 
-def carrying(step: Step, states: list[StreamState]) -> Callable[[Tensor], Tensor]:
+def carry_state(step: Step, states: list[StreamState]) -> Callable[[Tensor], Tensor]:
     """Give a step that takes the next of `states`, none at a clip's start, and puts the state after it in its place.
 
-    One state for each tile, which must come in the same order at every part of a clip.
+    One state for each tile, which must come in the same order at every part of a clip. Raises ValueError for a part of another size.
     """
     before = iter(states.copy())
     states.clear()
 
     def work(part: Tensor) -> Tensor:
-        result, state = step(part, next(before, None))
-        states.append(state)
+        state = next(before, None)
+        size = _size_following(part, state)
+        result, tensors = step(part, state)
+        states.append(StreamState(size, tensors))
         return result
 
     return work
@@ -55,7 +58,7 @@ def in_parts(clip: Tensor, first: int, later: int) -> Iterator[Tensor]:
         at, size = at + size, later
 
 
-def joined(parts: Iterable[Tensor], frames: int) -> Tensor:
+def concatenate(parts: Iterable[Tensor], frames: int) -> Tensor:
     """Put clips (B, C, n, H, W) that follow one another into one of `frames` frames, whose memory is taken once."""
     whole: Tensor | None = None
     at = 0
@@ -73,51 +76,53 @@ def joined(parts: Iterable[Tensor], frames: int) -> Tensor:
 def regroup(chunks: Iterable[Tensor], stride_t: int) -> Iterator[Tensor]:
     """Cut a stream of (B, C, n, H, W), any n, into 1 + k * stride_t frames and then k * stride_t frames, the last one perhaps fewer.
 
-    A chunk is passed on as soon as it is whole; fewer than stride_t frames wait for the next one. Raises ValueError on no frames, and
-    where a chunk has another size than the first.
+    A chunk is passed on as soon as it is whole; fewer than stride_t frames wait for the next one. Raises ValueError as check_same_size.
     """
     waiting: Tensor | None = None
     is_started = False
-    for chunk in uniform(chunks):
+    for chunk in check_same_size(chunks):
         waiting = chunk if waiting is None or not waiting.shape[2] else torch.cat([waiting, chunk], dim=2)
         whole = waiting.shape[2] // stride_t * stride_t if is_started else 1 + (waiting.shape[2] - 1) // stride_t * stride_t
         if whole > 0:
             yield waiting[:, :, :whole]
             # A copy: a view would keep the whole chunk alive.
             waiting, is_started = waiting[:, :, whole:].clone(), True
-    if waiting is None or not is_started:
-        raise ValueError("the stream ended before its first frame: give at least one frame")
-    if waiting.shape[2]:
+    if waiting is not None and waiting.shape[2]:
         yield waiting
 
 
-def uniform(chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Pass on chunks (B, C, n, H, W). Raises ValueError for one of another rank, or whose B, C, H or W differ from the first's."""
-    size: tuple[int, ...] | None = None
+def check_same_size(chunks: Iterable[Tensor], axes: str = "BCnHW") -> Iterator[Tensor]:
+    """Pass on chunks of these axes but those of no frames, n = 0.
+
+    Raises ValueError for one of another rank, one whose other axes differ from the first's, and where no frame comes at all.
+    """
+    at, size, is_started = axes.index("n"), None, False
     for chunk in chunks:
-        if chunk.ndim != 5:
-            raise ValueError(f"a chunk of shape {tuple(chunk.shape)} came: it must be (B, C, n, H, W), add or remove axes")
-        found = (*chunk.shape[:2], *chunk.shape[3:])
+        if chunk.ndim != len(axes):
+            raise ValueError(f"a chunk of shape {tuple(chunk.shape)} came: it must be ({', '.join(axes)}), add or remove axes")
+        found = (*chunk.shape[:at], *chunk.shape[at + 1 :])
         if size is not None and found != size:
-            raise ValueError(_changed(found, size))
+            raise ValueError(_changed(axes.replace("n", ""), found, size))
         size = found
-        yield chunk
+        if chunk.shape[at]:
+            is_started = True
+            yield chunk
+    if not is_started:
+        raise ValueError("the stream ended before its first frame: give at least one frame")
 
 
-def check_follows(clip: Tensor, state: StreamState | None) -> tuple[int, int, int]:
+def _size_following(clip: Tensor, state: StreamState | None) -> tuple[int, int, int]:
     """Give the size (B, H, W) of (B, C, T, H, W). Raises ValueError when it differs from that of the frames before it."""
     size = (clip.shape[0], clip.shape[3], clip.shape[4])
     if state is not None and size != state.size:
-        raise ValueError(
-            _changed((clip.shape[0], clip.shape[1], *clip.shape[3:]), (state.size[0], clip.shape[1], *state.size[1:]))
-        )
+        raise ValueError(_changed("BCHW", (*clip.shape[:2], *clip.shape[3:]), (state.size[0], clip.shape[1], *state.size[1:])))
     return size
 
 
-def _changed(found: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    names = "(B, C, H, W)"
+def _changed(axes: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
     return (
-        f"a chunk with {names} = {found} came after one with {expected}: a stream keeps its size, start a new one for other clips"
+        f"a chunk with ({', '.join(axes)}) = {found} came after one with {expected}: a stream keeps its size, "
+        "start a new one for other clips"
     )
 
 

@@ -12,6 +12,8 @@ from transformers.utils import logging as transformers_logging
 from vidtok.adapters.base import ForeignTokenizer
 from vidtok.folders import load_model
 from vidtok.model import VidTokModel
+from vidtok.streaming import check_same_size
+from vidtok.tiling import tile_cells
 
 # Which model_type of a config.json belongs to which file of vidtok/adapters/.
 FAMILIES = {
@@ -143,6 +145,13 @@ def encodes_in_pieces(tokenizer: Tokenizer) -> bool:
     return isinstance(tokenizer, StreamEncoder) or tokenizer.is_framewise
 
 
+def check_tiles(tokenizer: Tokenizer, tile: int | None) -> None:
+    """Raise ValueError when tiles were asked for and the tokenizer has none, or none so small."""
+    if tile is not None and not isinstance(tokenizer, VidTokModel):
+        raise ValueError(f"tile={tile} was asked for, and this tokenizer does not work in tiles: leave tile=null")
+    tile_cells(tile, None, 0, tokenizer.stride_s)
+
+
 def encode_stream(
     tokenizer: Tokenizer, pieces: Iterable[Tensor], chunk_frames: int | None = None, tile: int | None = None
 ) -> Iterator[Tensor]:
@@ -156,9 +165,9 @@ def encode_stream(
     elif isinstance(tokenizer, StreamEncoder):
         yield from tokenizer.stream_encode(pieces)
     elif tokenizer.is_framewise:
-        yield from (tokenizer.encode(piece) for piece in pieces)
+        yield from (tokenizer.encode(piece) for piece in check_same_size(pieces))
     else:
-        yield tokenizer.encode(torch.cat(list(pieces), dim=2))
+        yield tokenizer.encode(torch.cat(list(check_same_size(pieces)), dim=2))
 
 
 def decode_stream(
@@ -171,9 +180,9 @@ def decode_stream(
     elif isinstance(tokenizer, StreamDecoder):
         yield from tokenizer.stream_decode(parts)
     elif tokenizer.is_framewise:
-        yield from (tokenizer.decode(part) for part in parts)
+        yield from (tokenizer.decode(part) for part in check_same_size(parts, "Bnhw"))
     else:
-        yield tokenizer.decode(torch.cat(list(parts), dim=1))
+        yield tokenizer.decode(torch.cat(list(check_same_size(parts, "Bnhw")), dim=1))
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:

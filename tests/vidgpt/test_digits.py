@@ -296,7 +296,7 @@ def test_a_frame_takes_the_forward_passes_that_the_plan_says(digits, factors, ma
 
 def test_generate_of_digits_in_parallel_is_one_sentence(make_model, make_ids) -> None:
     model = make_model(**sizes(*PARALLEL))
-    with pytest.raises(ValueError, match=r"digits=parallel foretells several digits at once: use Predictor"):
+    with pytest.raises(ValueError, match=r"digits=parallel predicts several digits at once: use Predictor"):
         model.generate(make_ids(model, frames=1), max_new_tokens=2)
     one_digit = make_model(**sizes("parallel", [5]))
     assert one_digit.generate(make_ids(one_digit, frames=1), max_new_tokens=2, do_sample=False).shape == (2, 7)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vidgpt import counts as counting
 from vidgpt.config import VidGPTConfig
 from vidgpt.evaluation import TokenReport, evaluate_tokens, teacher_forced_scores
 from vidgpt.layout import TokenLayout
@@ -178,6 +179,15 @@ def test_without_counts_the_unigram_baselines_are_left_out() -> None:
     report = evaluate_tokens(Uniform(), LAYOUT, [clips(9)], None, 2, None)
     assert list(report.teacher_forced) == ["model", "uniform", "copy_last_frame_smoothed"]
     assert "per-position unigram" not in headline(report)[0]
+
+
+def test_without_counts_only_copying_hits_however_large_the_codebook_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "TABLE_ENTRIES", 1)
+    batch = clips(10)
+    batch["indices"] = batch["indices"] % 7 + 1  # of id 0 alone something is known
+    report = evaluate_tokens(Uniform(), LAYOUT, [batch], None, 2, None)
+    figures = report.metrics()["teacher_forced"]["copy_last_frame_smoothed"]
+    assert figures["top5_accuracy_fraction"] == figures["top1_accuracy_fraction"] < 0.5
 
 
 def test_wrong_input_is_refused_in_one_sentence() -> None:

@@ -1,10 +1,13 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
 import torch
 
+from vidgpt import inputs
 from vidgpt.inputs import read_actions, read_context
 from vidtok.card import Card
 from vidtok.video import to_frames
@@ -111,11 +114,40 @@ def test_a_first_latent_frame_of_several_frames_sets_where_a_context_may_end(num
     assert "8 of the 11 asked for (the tokenizer takes 4 + k * 4)" in context.note
 
 
-@pytest.mark.parametrize(("start", "shown", "follows"), [(None, [18, 18, 18, 19], None), (0.4, [10, 10, 10, 11], [12, 13, 14])])
-def test_a_context_below_the_first_latent_frame_repeats_its_first_frame_in_front(numbered, start, shown, follows) -> None:
-    context = read_context(numbered, card(stride_t=4, first_frames=4), context=2, future=3, start=start)
+@pytest.mark.parametrize(("start", "shown", "follows"), [(None, [16, 17, 18, 19], None), (0.4, [8, 9, 10, 11], [12, 13, 14])])
+@pytest.mark.parametrize("history", [0, 4])
+def test_a_context_below_the_first_latent_frame_takes_frames_in_front(numbered, start, shown, follows, history) -> None:
+    context = read_context(numbered, card(stride_t=4, first_frames=4), context=2, future=3, start=start, history=history)
     assert brightness(context.video) == shown
     assert follows is None or brightness(context.truth) == follows
     assert context.first_frame == shown[0]
     assert f"context is frames {shown[0]}..{shown[-1]} " in context.note
-    assert f"frame {shown[0]} 2 times more in front" in context.note
+    assert "2 more than asked for (the tokenizer takes 4 frames or more)" in context.note
+    assert brightness(context.history) == list(range(shown[0] - history, shown[0]))
+    assert ("encoded with the 4 frames in front" in context.note) == (history > 0)
+
+
+@pytest.mark.parametrize(("start", "shown"), [(0.0, [0, 0, 0, 1]), (0.04, [0, 0, 1, 2])])
+def test_where_none_are_in_front_the_first_frame_is_repeated(numbered, start, shown) -> None:
+    context = read_context(numbered, card(stride_t=4, first_frames=4), context=2, future=3, start=start, history=4)
+    assert brightness(context.video) == shown and not context.history.shape[2]
+    assert brightness(context.truth) == [shown[-1] + 1, shown[-1] + 2, shown[-1] + 3]
+    assert context.first_frame == 0 and f"frame 0 {shown.count(0) - 1} times more in front" in context.note
+
+
+@pytest.mark.parametrize("start", [None, 0.4])
+def test_frames_wait_at_the_size_of_the_card(numbered, start, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: WeakValueDictionary[int, np.ndarray] = WeakValueDictionary()
+    most = 0
+
+    def large(*_: object, **__: object) -> Iterator[np.ndarray]:
+        nonlocal most
+        for number in range(20):
+            alive[number] = frame = np.zeros((64, 64, 3), np.uint8)
+            yield frame
+            del frame
+            most = max(most, len(alive))
+
+    monkeypatch.setattr(inputs, "iter_frames", large)
+    assert read_context(numbered, card(), context=8, future=4, start=start).video.shape == (1, 3, 8, 16, 16)
+    assert most <= 1

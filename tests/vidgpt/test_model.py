@@ -142,7 +142,7 @@ def test_the_loss_reaches_every_picture_token_and_no_lead(options, make_model, m
     input_ids = make_ids(model)
     loss = model(input_ids, labels=model.model.layout.labels(input_ids)).loss
     (gradient,) = torch.autograd.grad(loss, hidden_states)
-    # Logits at p are for p + 1, and leads stand at 0, 7, 14, ...; the lead at 0 foretells the first picture token.
+    # Logits at p are for p + 1, and leads stand at 0, 7, 14, ...; the lead at 0 predicts the first picture token.
     is_silent = (gradient == 0).all(-1)
     assert is_silent[0].nonzero().flatten().tolist() == [6, 13, 20, 27, 34]
     assert torch.equal(is_silent[0], is_silent[1])

@@ -66,7 +66,7 @@ def test_a_residual_tokenizers_tokens_train_evaluate_and_roll_out(digits, size, 
     shown = " ".join(capsys.readouterr().out.split())
     sequence = {"slots": ("19", "in turn"), "parallel": ("7", "together")}[digits]
     values = f"2x3 places of 3 digits ({size}x{size}x{size} values)"
-    assert f"{sequence[0]} tokens a frame ({values}, foretold {sequence[1]}, and a lead)" in shown
+    assert f"{sequence[0]} tokens a frame ({values}, predicted {sequence[1]}, and a lead)" in shown
     assert f"uniform ln V = {3 * math.log(size):.3f}" in shown
     arguments = [f"checkpoint={tmp_path / 'gpt'}", f"tokens={tokens}", "context=2", f"output={tmp_path / 'out'}"]
     evaluate([*arguments, "clips=2", "rollout_clips=1"])

@@ -98,6 +98,15 @@ def test_the_table_and_the_file_say_the_same(tmp_path: Path, capsys: pytest.Capt
     assert result["rows"][0]["encode_speed_up"] == result["rows"][0]["decode_speed_up"] == 1.0
 
 
+def test_only_a_bench_is_written_over(tmp_path: Path) -> None:
+    bench(tmp_path, compare=[], repeats=1)
+    again = bench(tmp_path, compare=[], repeats=1)
+    assert again["files"] == ["bench.json"] and json.loads((tmp_path / "bench.json").read_text()) == again
+    (tmp_path / "bench.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"bench\.json is there already, and no bench of this folder wrote it"):
+        bench(tmp_path)
+
+
 def test_what_needs_no_clock_is_exact(tmp_path: Path) -> None:
     result = bench(tmp_path, compare=[])
     model = VidTokModel(VidTokConfig(**SMALL))

@@ -157,6 +157,12 @@ def test_a_tokenizer_without_tiles_is_refused_before_anything_is_written(tmp_pat
     assert not (tmp_path / "tokens").exists()
 
 
+def test_a_tile_below_a_token_is_refused_before_anything_is_written(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tile=7 .* a tile needs 8 or more"):
+        encode(tokenizer, tmp_path / "tokens", tile=7)
+    assert not (tmp_path / "tokens").exists()
+
+
 @pytest.mark.parametrize(("frames", "message"), [(4, "use 1 or 5 frames"), (7, "use 5 or 9 frames")])
 def test_a_row_that_ends_inside_a_latent_frame_is_refused(causal: Path, tmp_path: Path, frames: int, message: str) -> None:
     with pytest.raises(ValueError, match=rf"clip_frames={frames} does not fit .*{message}"):

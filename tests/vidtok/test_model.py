@@ -156,11 +156,14 @@ def test_one_batch_overfits() -> None:
     [
         (clip(5) * 200, "range|\\[-1, 1\\]"),
         (clip(5)[:, :2], "3|RGB|channel"),
+        (clip(5)[0], r"video of shape \(3, 5, 32, 32\) came: it must be \(B, 3, T, H, W\)"),
+        (clip(5)[:, :, :0], r"video of shape \(2, 3, 0, 32, 32\) came"),
     ],
 )
-def test_a_wrong_clip_is_refused_in_one_sentence(video: torch.Tensor, sentence: str) -> None:
+@pytest.mark.parametrize("call", ["encode", "encode_latents", "reconstruct"])
+def test_a_wrong_clip_is_refused_in_one_sentence(video: torch.Tensor, sentence: str, call: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        tiny().encode(video)
+        getattr(tiny(), call)(video)
 
 
 def test_ids_outside_the_codebook_are_refused() -> None:
@@ -182,17 +185,20 @@ def test_ids_outside_the_codebook_are_refused() -> None:
 )
 def test_what_are_no_ids_is_refused(indices: torch.Tensor, sentence: str) -> None:
     model = tiny()
-    calls = [model.decode, model.decode_chunk, lambda ids: list(model.stream_decode([ids]))]
-    for call in calls:
+    for call in (model.decode, model.decode_chunk):
         with pytest.raises(ValueError, match=sentence):
             call(indices)
+    with pytest.raises(ValueError, match=rf"{sentence}|stream ended before|must be \(B, n, h, w\)"):
+        list(model.stream_decode([indices]))
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 4, 4), (1, 4, 2, 4, 4), (1, 3, 0, 4, 4)])
 def test_what_are_no_latents_is_refused(shape: tuple[int, ...]) -> None:
     model = tiny()
     for call in (model.decode_latents, lambda latents: list(model.stream_decode_latents([latents]))):
-        with pytest.raises(ValueError, match=r"\(B, 3, t, h, w\) of 1 or more each|must be \(B, C, n, H, W\)"):
+        with pytest.raises(
+            ValueError, match=r"\(B, 3, t, h, w\) of 1 or more each|must be \(B, C, n, H, W\)|stream ended before"
+        ):
             call(torch.zeros(shape))
 
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
 from tests.conftest import randomised
 from vidtok import metrics, reconstruction
+from vidtok.adapters import emu3
 from vidtok.config import VidTokConfig
 from vidtok.folders import save_model
 from vidtok.model import VidTokModel
@@ -77,6 +79,41 @@ def test_few_frames_at_a_time_change_no_figure(frames: int, config: dict, tmp_pa
     assert reconstruct_file(options(tmp_path)) == pytest.approx(whole, abs=1e-5)
     parts = [*[frames] * (9 // frames), *[9 % frames] * (9 % frames > 0)]
     assert seen == parts * 2
+
+
+def test_a_part_of_padding_alone_is_not_shown(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    sizes = {"codebook_size": 64, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "hidden_size": 32}
+    layers = {"channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [3]}
+    save_model(Emu3VQVAE(Emu3VQVAEConfig(**sizes, **layers)), tmp_path / "emu3")
+    np.save(tmp_path / "noise.npy", np.concatenate([FRAMES, FRAMES[:4]]))
+    monkeypatch.setattr(emu3, "PIXELS_AT_ONCE", 16 * 24)
+    chosen = {"tokenizer": {"name": "emu3", "path": str(tmp_path / "emu3")}, "output": str(tmp_path / "out")}
+    assert reconstruct_file(ReconstructOptions(input=str(tmp_path / "noise.npy"), **chosen))["frames"] == 13
+    assert probe(tmp_path / "out" / "reconstruction.mp4").frames == 13
+
+
+def test_a_film_that_shows_no_frame_is_refused(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(tmp_path)
+    monkeypatch.setattr(reconstruction, "iter_frames", lambda *_, **__: iter(()))
+    with pytest.raises(ValueError, match=r"input=.*noise\.npy shows no frame: give a video with one or more"):
+        reconstruct_file(options(tmp_path))
+
+
+def test_a_failure_leaves_the_former_reconstruction(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(tmp_path)
+    reconstruct_file(options(tmp_path, max_frames=5))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert set(before) == {*reconstruction.FILES, "reconstruction.json"}
+
+    def damaged(*_: object, **__: object) -> Iterator[np.ndarray]:
+        yield from FRAMES[:4]
+        raise ValueError("the film is damaged")
+
+    monkeypatch.setattr(reconstruction, "iter_frames", damaged)
+    with pytest.raises(ValueError, match="the film is damaged"):
+        reconstruct_file(options(tmp_path, chunk_frames=1))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 @pytest.mark.parametrize("quantizer", ["fsq", "kl"])

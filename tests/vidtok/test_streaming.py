@@ -9,7 +9,7 @@ from tests.conftest import randomised
 from vidtok import streaming
 from vidtok.config import VidTokConfig
 from vidtok.model import VidTokModel
-from vidtok.streaming import StreamState, latents_at_once, regroup
+from vidtok.streaming import StreamState, latents_at_once
 
 
 def model_of(seed: int, **options: object) -> VidTokModel:
@@ -166,9 +166,20 @@ def test_a_chunk_that_is_no_whole_step_is_refused(frames: tuple[int, ...]) -> No
             _, state = model.encode_chunk(clip(count), state)
 
 
-def test_an_empty_stream_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one frame"):
-        list(regroup(iter([]), 4))
+@pytest.mark.parametrize("method", ["stream_encode", "stream_decode", "stream_encode_latents", "stream_decode_latents"])
+def test_chunks_without_frames_are_passed_over_and_a_stream_of_nothing_else_is_refused(method: str) -> None:
+    model, video = model_of(0, stride_t=4), clip(5)
+    latents, ids = model.encode_latents(video), model.encode(video)
+    given, axis = {"encode": (video, 2), "decode": (ids, 1), "encode_latents": (video, 2), "decode_latents": (latents, 2)}[
+        method[7:]
+    ]
+    whole, stream = getattr(model, method[7:])(given), getattr(model, method)
+    empty = given.narrow(axis, 0, 0)
+    parts = list(stream([empty, *given.split(1, dim=axis), empty]))
+    torch.testing.assert_close(torch.cat(parts, dim=1 if method == "stream_encode" else 2), whole, atol=1e-5, rtol=0)
+    for nothing in ([], [empty]):
+        with pytest.raises(ValueError, match="the stream ended before its first frame: give at least one frame"):
+            list(stream(nothing))
 
 
 @pytest.mark.parametrize("other", [clip(4, height=24), clip(4, batch=1), clip(5, width=16)], ids=lambda video: str(video.shape))
@@ -202,7 +213,6 @@ def test_a_chunk_fits_the_memory_and_is_never_empty() -> None:
 
 GROWTH = """
 import resource, torch
-from vidtok import streaming
 from vidtok.config import VidTokConfig
 from vidtok.model import VidTokModel
 torch.set_num_threads(1)

@@ -127,6 +127,34 @@ def test_another_projects_stride_of_one_is_not_taken_for_framewise() -> None:
     assert torch.equal(ids, tokenizer.encode(clip()))
 
 
+@pytest.mark.parametrize("name", [*NAMES, "counting"])
+def test_a_stream_of_nothing_or_of_two_sizes_is_refused_by_every_tokenizer(folders: dict[str, Path], name: str) -> None:
+    tokenizer = Counting(Options({}, {}), 1, 8, 100) if name == "counting" else load_tokenizer(folders[name])
+    ids = torch.zeros(1, 2, 4, 4, dtype=torch.int64)
+    for stream, piece in ((encode_stream, clip()), (decode_stream, ids)):
+        for pieces, sentence in (
+            ([], "ended before its first frame"),
+            ([piece, piece[..., :-1]], "a stream keeps its size"),
+            ([piece[0]], "add or remove axes"),
+        ):
+            with pytest.raises(ValueError, match=sentence):
+                list(stream(tokenizer, pieces))
+
+
+@pytest.mark.parametrize("name", ["run", "emu3", "janus"])
+def test_what_are_no_ids_is_refused_alike_by_every_tokenizer(folders: dict[str, Path], name: str) -> None:
+    tokenizer, ids = load_tokenizer(folders[name]), torch.zeros(1, 2, 4, 4, dtype=torch.int64)
+    for wrong, sentence in (
+        (ids.float(), "indices are torch.float32, but ids are whole numbers"),
+        (ids[:, :0], r"indices have shape \(1, 0, 4, 4\), not \(B, t, h, w\) of 1 or more each"),
+        (ids[0], r"indices have shape \(2, 4, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            tokenizer.decode(wrong)
+    with pytest.raises(ValueError, match="ids are whole numbers"):
+        list(decode_stream(tokenizer, [ids.float()]))
+
+
 def test_which_tokenizers_carry_their_state_on(folders: dict[str, Path]) -> None:
     found = {name: load_tokenizer(folders[name]) for name in NAMES}
     assert {name for name in NAMES if isinstance(found[name], StreamEncoder)} == {"framewise", "run", "emu3"}

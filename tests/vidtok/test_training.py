@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from vidtok import training
 from vidtok.codebook import CodebookMonitor, codebook_hash
+from vidtok.config import VidTokConfig
 from vidtok.folders import load_model
 from vidtok.model import VidTokModel
 from vidtok.options import LossOptions, TrainTokenizerOptions
@@ -202,6 +204,25 @@ def test_wrong_lpips_weights_are_refused_before_any_data_is_opened(lpips_file: P
         ):
             train(tmp_path / "run", nothing, max_steps=1, loss=loss)
     assert not (tmp_path / "run").exists()
+
+
+class Announced:
+    """The part of a Runner that is told about a training."""
+
+    def say(self, line: str) -> None: ...
+
+    def report(self, model: VidTokModel, optimizer: object, memory_bytes: int) -> None:
+        self.memory_bytes = memory_bytes
+
+
+def test_the_memory_of_training_goes_by_latent_frames() -> None:
+    episodes, found = SimpleNamespace(height=256, width=256, fps=10.0, split=lambda name: []), []
+    for stride_t, clip_frames in ((4, 9), (1, 3), (1, 9)):
+        model, runner = VidTokModel(VidTokConfig(**TOKENIZER | {"stride_t": stride_t})), Announced()
+        options = TrainTokenizerOptions(run_dir="", batch_size=8, clip_frames=clip_frames)
+        training._report(runner, model, None, episodes, [], options)
+        found.append(runner.memory_bytes)
+    assert found == pytest.approx([found[1], found[1], 3 * found[1]], rel=0.05)
 
 
 class PlannedRun:

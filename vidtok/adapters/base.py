@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from vidtok.digits import check_indices
 from vidtok.fingerprint import hash_weights
 from vidtok.padding import grid_for, pad_clip, trim_clip, valid_frames
 from vidtok.run.checkpoints import write_text
@@ -92,11 +93,10 @@ class ForeignTokenizer(nn.Module):
     def decode(self, indices: Tensor, size: tuple[int, int, int] | None = None) -> Tensor:
         """Give the clips (B, 3, T, H, W) in [-1, 1], fp32, of ids (B, t, h, w). size: (T, H, W) that was encoded, cuts the padding off.
 
-        Raises ValueError on ids outside the codebook, and where the library has no decoder.
+        Raises ValueError on ids outside the codebook, on what are no ids, and where the library has no decoder.
         """
         self.check_decoder()
-        if indices.ndim != 4:
-            raise ValueError(f"indices have shape {tuple(indices.shape)}, not (B, t, h, w): add or remove axes")
+        check_indices(indices)
         with self._in_fp32():
             video = self._decode(self._checked(indices.to(self.device).long()))
         return trim_clip(video.float().clamp(-1, 1), size)

@@ -17,6 +17,8 @@ from transformers import Emu3VQVAE
 
 from vidtok.adapters.base import PIXELS_AT_ONCE, ForeignTokenizer, a_few_at_a_time, options_of
 from vidtok.adapters.weights import load_network, options_in
+from vidtok.digits import check_indices
+from vidtok.streaming import check_same_size
 from vidtok.video import check_video
 
 # Numbers in one of the class's three matrices of a distance for every latent and code: 128 MB each.
@@ -44,7 +46,7 @@ class Emu3Tokenizer(ForeignTokenizer):
     def stream_encode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield once: the ids (B, t, h, w) of a video that comes as (B, 3, m, H, W), any m. Only its small features are kept."""
         features = []
-        for chunk in chunks:
+        for chunk in check_same_size(chunks):
             check_video(chunk)
             with self._in_fp32():
                 features.append(self._features(self._padded(chunk, whole=False).to(self.device)))
@@ -55,9 +57,10 @@ class Emu3Tokenizer(ForeignTokenizer):
     @torch.no_grad()
     def stream_decode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield clips (B, 3, m, H, W) in [-1, 1] of ids that come as (B, n, h, w), any n, once all have come: no pictures are kept."""
-        indices = torch.cat(list(chunks), dim=1).to(self.device).long()
+        indices = torch.cat(list(check_same_size(chunks, "Bnhw")), dim=1)
+        check_indices(indices)
         with self._in_fp32():
-            hidden = self._hidden(self._checked(indices))
+            hidden = self._hidden(self._checked(indices.to(self.device).long()))
         for part in hidden.split(max(1, PIXELS_AT_ONCE // (indices[:, 0].numel() * self.stride_s**2)), dim=2):
             with self._in_fp32():
                 video = self._painted(part)

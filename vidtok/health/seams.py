@@ -15,7 +15,7 @@ from torch import Tensor
 from vidtok.metrics import psnr_by_frame
 from vidtok.padding import trim_clip
 from vidtok.temporal_metrics import GREY_LEVELS
-from vidtok.tokenizer import decode_stream, encode_stream, encodes_in_pieces
+from vidtok.tokenizer import check_tiles, decode_stream, encode_stream, encodes_in_pieces
 
 Cut = Mapping[str, int | None]  # chunk_frames, or tile and overlap, for tokenizers whose methods take them
 Way = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # encode(video), decode(codes, video)
@@ -183,15 +183,9 @@ def _compare_windows(coder: Coder, video: Tensor, steps: int, meter: SeamMeter) 
     meter.add_borders(cut, whole, video, borders, coder.tokenizer.stride_t)
 
 
-def check_tiles(coder: Coder, tile: int | None) -> None:
-    """Raise ValueError when tiles were asked for and the tokenizer has none."""
-    if tile is not None and not coder.can("tile"):
-        raise ValueError(f"tile={tile} was asked for, and this tokenizer does not work in tiles: leave tile=null")
-
-
 def check_tile(coder: Coder, tile: int | None, height: int, width: int) -> None:
     """Raise ValueError as check_tiles does, and when frames of this size fit into one tile."""
-    check_tiles(coder, tile)
+    check_tiles(coder.tokenizer, tile)
     if tile is not None and tile >= max(height, width):
         raise ValueError(f"tile={tile} leaves no border in frames of {height}x{width}: give less, or larger frames by data.size")
 

@@ -92,7 +92,7 @@ class Quantizer(nn.Module):
         return latents
 
     def unrounded(self, latents: Tensor) -> Tensor:
-        """Give (N, channels_out) of prepared latents (N, channels_in), where the numbers of channels differ."""
+        """Give (N, channels_out) of prepared latents (N, channels_in): bounded where codes are, and of a Gaussian the mean."""
         return latents
 
     def quantize(self, latents: Tensor) -> Rounded:
