@@ -114,7 +114,8 @@ class DigitsOptions:
     name: str = "digits"
     file: str | None = None
     episodes: int = 2
-    size: list[int] = dataclasses.field(default_factory=lambda: [64, 64])
+    size: list[int] = dataclasses.field(default_factory=lambda: [32, 48])
+    crop: list[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +129,17 @@ class TokenizerOptions:
     width: int = 3
 
 
+@dataclasses.dataclass
+class BorrowedOptions:
+    path: str
+    levels: int
+
+
 def register_toy_schemas() -> None:
     store_schema("data", "schema_digits", DigitsOptions)
     store_schema("data", "schema_files", FilesOptions)
     store_schema("tokenizer", "schema", TokenizerOptions)
+    store_schema("tokenizer", "schema_borrowed", BorrowedOptions)
 
 
 def write_conf(folder: Path) -> Path:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -32,11 +33,11 @@ EXAMPLE = "toy-train data=digits run_dir=runs/toy"
 
 def test_the_work_gets_a_plain_dictionary_of_defaults_preset_and_overrides(toy) -> None:
     config = toy.run(
-        "run_dir=a", "data.episodes=5", "max_minutes=2", "data.size=[32,48]", "loss.l1_weight=3", "loss.ramp.steps=9"
+        "run_dir=a", "data.episodes=5", "max_minutes=2", "data.size=[24,96]", "loss.l1_weight=3", "loss.ramp.steps=9"
     )
     assert config == {
         "run_dir": "a",
-        "data": {"name": "digits", "file": None, "episodes": 5, "size": [32, 48]},
+        "data": {"name": "digits", "file": None, "episodes": 5, "size": [24, 96], "crop": None},
         "tokenizer": {"width": 8},
         "input": None,
         "max_steps": 20,
@@ -97,6 +98,12 @@ def test_a_sweep_runs_once_for_each_value(toy) -> None:
         (["is_fast=maybe"], "is_fast=maybe: expected true or false"),
         (["debug=maybe"], "debug=maybe: expected true or false"),
         (["max_steps=null"], "max_steps=null: a value is needed here"),
+        (["data.size=64"], "data.size=64: expected a list, for example data.size=[32,48]"),
+        (["data.size=96x64"], "data.size=96x64: expected a list, for example data.size=[96,64]"),
+        (["data.size=large"], "data.size=large: expected a list, for example data.size=[32,48]"),
+        (["data.size={a:1}"], "data.size: expected a list, for example data.size=[1,2]"),
+        (["data.crop=8"], "data.crop=8: expected a list, for example data.crop=[8,8]"),
+        (["loss=3"], "loss=3: expected one of its keys, for example loss.l1_weight=VALUE"),
         (["max_steps=1,2"], "max_steps=1,2: a list is written [1,2], and a text with a comma needs quotes"),
         (["input="], "input is empty: give a path, as in input=PATH"),
         (["data=files"], "data.root is empty: give a path, as in data.root=PATH"),
@@ -126,6 +133,22 @@ def test_what_hydra_itself_refuses_is_one_sentence_too(toy, arguments: list[str]
 
 def test_a_missing_value_is_named_with_the_example(toy) -> None:
     assert toy.refuse("max_steps=3") == f"run_dir must be given, for example: {EXAMPLE}"
+
+
+@pytest.mark.parametrize("typed", [["max_steps=3", "debug=true"], ["input=my clip.mp4"], []])
+def test_a_missing_value_that_the_example_lacks_is_added_to_what_was_typed(toy, tmp_path: Path, typed: list[str]) -> None:
+    (tmp_path / "conf" / "tokenizer" / "borrowed.yaml").write_text("defaults: [schema_borrowed]\n")
+    given = ["tokenizer=borrowed", *typed]
+    with pytest.raises(SystemExit):
+        toy.main(given)
+    sentence = toy.capsys.readouterr().err.splitlines()[-1].removeprefix("toy-train: ")
+    start, example = sentence.split(" must be given, for example: ")
+    assert start == "run_dir and tokenizer.levels and tokenizer.path"
+    command, *words = shlex.split(example)
+    kept = [word for word in given if word != "debug=true"]
+    assert (command, words) == ("toy-train", [*kept, "run_dir=runs/toy", "tokenizer.levels=VALUE", "tokenizer.path=PATH"])
+    # With a number where one is needed it runs as it is printed.
+    assert toy.run(*(word.replace("VALUE", "5") for word in words))["tokenizer"] == {"path": "PATH", "levels": 5}
 
 
 def test_a_missing_choice_of_preset_lists_the_presets(toy, tmp_path: Path) -> None:

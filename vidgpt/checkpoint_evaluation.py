@@ -1,5 +1,6 @@
 """Evaluate a trained folder on a token dataset and write what was found."""
 
+import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from vidgpt.pages import headline, write_evaluation_report
 from vidgpt.rollout import check_model, stream_tokens
 from vidgpt.sampling import SamplingOptions
 from vidtok.card import Card, check_cards
+from vidtok.data.options import how_to_lengthen
 from vidtok.folders import OutputFolder, load_model, model_folder
 from vidtok.run.sampler import spread
 from vidtok.tokens import TokenDataset, longest_row
@@ -57,6 +59,9 @@ def evaluate_checkpoint(options: EvaluateOptions) -> TokenReport:
             f"split {options.split!r} has {longest}; give a smaller context or longer clips"
         )
     clips = TokenDataset(options.tokens, options.split, window)
+    left_out = _describe_short(clips, options.split)
+    if left_out:
+        print(f"{left_out}: encode longer ones, with {how_to_lengthen(tokens.data_name)}")
     print(
         f"evaluating {min(options.clips, len(clips))} clips of {window} frames teacher-forced, {min(options.rollout_clips, len(clips))} "
         f"free-running from {options.context} frames",
@@ -65,10 +70,20 @@ def evaluate_checkpoint(options: EvaluateOptions) -> TokenReport:
     report = _measure(model, layout, clips, _counts(options, layout), options)
     output.replace(FILES, asdict(options))
     report.write(output.path)
-    page = write_evaluation_report(report, output.path, f"Tokens of {options.checkpoint}", asdict(options))
+    rows = {"rows_count": len(clips.lengths), "rows_left_out_count": sum(length < window for length in clips.lengths)}
+    (output.path / FILES[0]).write_text(json.dumps(report.metrics() | rows, indent=2, allow_nan=False) + "\n")
+    page = write_evaluation_report(report, output.path, f"Tokens of {options.checkpoint}", asdict(options), left_out)
     print("\n".join(headline(report)))
     print(f"figures in {output.path / 'metrics.json'}, curves and tables in {page}")
     return report
+
+
+def _describe_short(clips: TokenDataset, split: str) -> str:
+    """Say how many rows are shorter than a clip, and nothing where none is."""
+    short = sum(length < clips.window for length in clips.lengths)
+    has, are = ("has", "is") if short == 1 else ("have", "are")
+    rows = f"{short} of {len(clips.lengths)} rows of split {split!r}"
+    return f"{rows} {has} fewer than {clips.window} latent frames and {are} left out" if short else ""
 
 
 def _measure(

@@ -26,12 +26,14 @@ COLUMNS = {
 }
 
 
-def write_evaluation_report(tokens: TokenReport, folder: Path, title: str, receipt: Mapping[str, Any]) -> Path:
-    """Draw the curves of a token evaluation into folder and write report.html there; gives its path."""
+def write_evaluation_report(
+    tokens: TokenReport, folder: Path, title: str, receipt: Mapping[str, Any], left_out: str = ""
+) -> Path:
+    """Draw the curves of a token evaluation into folder and write report.html there; gives its path. left_out: what was not measured."""
     forced = tokens.teacher_forced["model"].summary()
     summary = (
         f"{tokens.clips} clips, teacher-forced: {forced['cross_entropy_nats_per_token']:.3f} nats a token, "
-        f"top-1 accuracy {forced['top1_accuracy_fraction']:.3f}."
+        f"top-1 accuracy {forced['top1_accuracy_fraction']:.3f}" + (f"; {left_out}." if left_out else ".")
     )
     report = Report(
         title, summary, figures=token_figures(tokens, folder), tables=token_tables(tokens), receipt=make_receipt(receipt)

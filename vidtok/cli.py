@@ -7,9 +7,9 @@ space. The work runs after Hydra has returned, so that nothing of it stands betw
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from vidtok.cli_errors import explain, unknown_key
 from vidtok.schema import config_dir, store_schema
 
 PATH_KEYS = frozenset(
@@ -43,7 +43,6 @@ QUIET = (  # Hydra writes no folder, no file and no log
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
 )
-TYPE_WORDS = {"Integer": "an integer", "Float": "a number", "bool": "true or false"}
 
 Run = Callable[[dict[str, Any]], None]
 
@@ -78,7 +77,7 @@ class Entry:
         except _user_errors() as error:
             if any(argument.lower() == "debug=true" for argument in given):
                 traceback.print_exc()
-            self._stop(_explain(error, self.example, {folder: key for key, folder in self.folders.items()}), 2)
+            self._stop(explain(error, self.example, {folder: key for key, folder in self.folders.items()}), 2)
 
     def register(self) -> None:
         """Register every schema that the YAML of this command names."""
@@ -98,22 +97,21 @@ class Entry:
         composed: list[DictConfig] = []
         is_sweep = not {"--multirun", "-m"}.isdisjoint(flags)
 
-        named = frozenset(override.lstrip("+~").partition("=")[0] for override in overrides)
-
         def task(config: DictConfig) -> None:
             # The jobs of a sweep belong to Hydra's launcher; a single run waits until Hydra is out of the way.
-            self._work(config, named) if is_sweep else composed.append(config)
+            self._work(config, given) if is_sweep else composed.append(config)
 
         with _hydra_sees([*overrides, *flags]):
             hydra.main(config_path=config_dir(), config_name=self.config_name, version_base="1.3")(task)()
         for config in composed:
-            self._work(config, named)
+            self._work(config, given)
 
-    def _work(self, composed: DictConfig, named: frozenset[str]) -> None:
+    def _work(self, composed: DictConfig, given: Sequence[str]) -> None:
         _check_keys(composed)
+        named = {word.lstrip("+~").partition("=")[0] for word in given}
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
-            raise ValueError(f"{' and '.join(missing)} must be given, for example: {self.example}")
+            raise ValueError(f"{' and '.join(missing)} must be given, for example: {self._example_with(missing, given)}")
         config = OmegaConf.to_container(composed, resolve=True)
         assert isinstance(config, dict)
         for group, key in self.decided_by.items():
@@ -145,6 +143,14 @@ class Entry:
         """Give the example's choice of presets, because help is asked for before anything is chosen."""
         groups = self._presets()
         return [word for word in self.example.split() if word.partition("=")[0] in groups]
+
+    def _example_with(self, missing: Sequence[str], given: Sequence[str]) -> str:
+        """Give the example, or where it lacks a missing key, what was typed with all of them added."""
+        values = dict(word.split("=", 1) for word in self.example.split()[1:])
+        if set(missing) <= set(values):
+            return self.example
+        added = [f"{key}={values.get(key, 'PATH' if key.rpartition('.')[2] in PATH_KEYS else 'VALUE')}" for key in missing]
+        return shlex.join([self.command, *(word for word in given if word.lower() != "debug=true"), *added])
 
     def _help(self) -> str:
         presets = "".join(f"\n  {name}={'|'.join(stems)}" for name, stems in self._presets().items())
@@ -271,78 +277,10 @@ def _check_keys(config: DictConfig, prefix: str = "") -> None:
         known = [option.name for option in dataclasses.fields(schema)]
         for key in keys:
             if key not in known:
-                raise ValueError(_unknown_key(prefix + key, [name for name in keys if name in known], config))
+                raise ValueError(unknown_key(prefix + key, [name for name in keys if name in known], config))
         for key in known:
             if key not in keys:
                 raise ValueError(f"{prefix}{key}: cannot be taken away, give it a value instead")
     for key in keys:
         if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
             _check_keys(config[key], f"{prefix}{key}.")
-
-
-def _explain(error: BaseException, example: str, keys: Mapping[str, str]) -> str:
-    """Say in one sentence what the user can change. keys: of folders whose presets another name chooses."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
-        group, _, preset = error.missing_cfg_file.rpartition("/")
-        group = keys.get(group, group)
-        options = [name for name in error.options or () if not name.startswith("schema")]
-        return f"{group}={preset}: unknown preset, {_nearest(preset, options)}"
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: not of the form key=value, a value with special characters needs quotes as in 'key=\"value\"'"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    culprit = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
-    if isinstance(culprit, OmegaConfBaseException) and culprit.full_key:
-        where = re.match(r"In '(.+?)': ", str(error))
-        return (f"in {where[1]}.yaml, " if where else "") + _explain_value(culprit)
-    if must := re.match(r"You must specify '(.+?)'.*Available options:(.*)", str(error), re.DOTALL):
-        options = [name for name in must[2].split() if not name.startswith("schema")]
-        return f"{must[1]} must be given, one of {', '.join(options)}, for example: {example}"
-    if nowhere := re.match(r"Could not override '(.+?)'", str(error)):
-        return f"{nowhere[1]}: unknown key, this command has no such group of presets, see --help"
-    if ambiguous := re.match(r"Ambiguous value for argument '(.+)'$", str(error), re.MULTILINE):
-        return f"{ambiguous[1]}: a list is written [1,2], and a text with a comma needs quotes"
-    if type(error).__module__ == "huggingface_hub.errors" and error.__cause__ is not None:
-        error = error.__cause__
-    return re.sub(r"\s*\n\s*", " ", str(error).strip()) or type(error).__name__
-
-
-def _explain_value(error: OmegaConfBaseException) -> str:
-    key, parent = str(error.full_key), error.parent_node
-    if isinstance(error, ConfigAttributeError | ConfigKeyError) and isinstance(parent, DictConfig):
-        return _unknown_key(key, [str(name) for name in parent if name != "hydra"], parent)
-    first_line = str(error).partition("\n")[0]
-    if isinstance(error, ValidationError):
-        if "not Optional" in first_line:
-            return f"{key}=null: a value is needed here"
-        if wrong := re.match(r"Value '(.*)' (?:of type '.*' could not be converted to|is not a valid) (\w+)", first_line):
-            return f"{key}={wrong[1]}: expected {TYPE_WORDS.get(wrong[2], wrong[2])}"
-    return f"{key}: {first_line}"
-
-
-def _unknown_key(full_key: str, known: list[str], parent: DictConfig) -> str:
-    group, _, key = full_key.rpartition(".")
-    prefix = f"{group}." if group else ""
-    nested = [f"{prefix}{name}.{key}" for name in known if _has(parent, name, key)]
-    if nested:
-        return f"{full_key}: unknown key, did you mean {' or '.join(nested)}?"
-    if owners := _owners(group, key):
-        return f"{full_key}: unknown key here, it belongs to {' and '.join(owners)}"
-    return f"{full_key}: unknown key, {_nearest(key, known if group else [*known, 'debug'], prefix)}"
-
-
-def _has(parent: DictConfig, name: str, key: str) -> bool:
-    return not OmegaConf.is_missing(parent, name) and isinstance(parent[name], DictConfig) and key in parent[name]
-
-
-def _owners(group: str, key: str) -> list[str]:
-    """Find the other sources of a group that know a key, as `data=files`."""
-    store = ConfigStore.instance()
-    names = [name.removesuffix(".yaml") for name in store.list(group)] if group in store.repo else []
-    sources = [name for name in names if name.startswith("schema_") and key in store.load(f"{group}/{name}.yaml").node]
-    return [f"{group}={name.removeprefix('schema_')}" for name in sources]
-
-
-def _nearest(name: str, known: list[str], prefix: str = "") -> str:
-    matches = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {prefix}{matches[0]}?" if matches else f"the known ones are {', '.join(sorted(known)) or 'none'}"

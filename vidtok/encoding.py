@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vidtok.card import Card
 from vidtok.data import Episode, EpisodeSet, build_episodes
-from vidtok.data.episodes import write_rejects
+from vidtok.data.episodes import describe_short, write_rejects
+from vidtok.data.options import how_to_lengthen
 from vidtok.options import EncodeOptions
 from vidtok.run.processes import in_precision, uses_bf16
 from vidtok.tokenizer import Tokenizer, check_tiles, choose_tokenizer, encode_stream, encodes_in_pieces, save_tokenizer
@@ -48,6 +49,7 @@ def encode_dataset(options: EncodeOptions, data: Mapping[str, Any]) -> Path:
     length, hop = clip_shape(tokenizer, options)
     card = _card(tokenizer, episodes, length, hop, "bf16" if uses_bf16(options.precision, tokenizer.device) else "fp32")
     segments = list(cut_segments(episodes, card))
+    _say_short(episodes, card)
     with TokenWriter(output, card, options.rows_per_shard) as writer:
         write_rejects(output / "rejects.csv", episodes.rejects)
         if not (writer.card.complete and (output / "tokenizer").is_dir()):
@@ -83,13 +85,25 @@ def clip_shape(tokenizer: Tokenizer, options: EncodeOptions) -> tuple[int, int]:
 
 
 def cut_segments(episodes: EpisodeSet, card: Card) -> Iterator[Segment]:
-    """Cut every episode into rows of whole latent frames; what is left at its end, too short for a step of time, is dropped."""
+    """Cut every episode into rows of two or more whole latent frames; what is left at its end, too short for them, is dropped."""
     for episode in episodes.episodes:
         for first in range(0, len(episode.frames), card.clip_hop):
             latent_frames = card.latent_frames_in(min(card.clip_frames, len(episode.frames) - first))
             # One latent frame alone has nothing to predict.
             if latent_frames > 1:
                 yield Segment(episode, first, card.frames_of(latent_frames))
+
+
+def _say_short(episodes: EpisodeSet, card: Card) -> None:
+    """Print a line for each split with episodes that give no row."""
+    needed = card.frames_of(2)
+    for split, name in (("train", "training"), ("validation", "held-out")):
+        chosen = episodes.split(split)
+        left_out = describe_short(chosen, needed, f"{name} ")
+        if left_out:
+            are_ends = any(episode.start > 0 for episode in chosen if len(episode.frames) < needed)
+            longer = how_to_lengthen(episodes.name, are_ends)
+            print(f"{left_out}, because a row needs two latent frames of this tokenizer: give {longer}", flush=True)
 
 
 def _row(tokenizer: Tokenizer, segment: Segment, options: EncodeOptions) -> TokenRow:
@@ -120,7 +134,7 @@ def _card(tokenizer: Tokenizer, episodes: EpisodeSet, length: int, hop: int, pre
     _, h, w = tokenizer.grid_for(tokenizer.first_frames, height, width)
     if (h * stride, w * stride) != (height, width):
         print(
-            f"frames of {width}x{height} are padded to {w * stride}x{h * stride}, which tokens of {stride}x{stride} pixels need"
+            f"frames of {height}x{width} are padded to {h * stride}x{w * stride}, which tokens of {stride}x{stride} pixels need"
         )
     return Card(
         tokenizer_fingerprint=tokenizer.fingerprint(),

@@ -19,11 +19,13 @@ from vidtok.folders import OutputFolder
 from vidtok.metrics import CodeMeter, FrameMeter, frames_at_once, psnr_by_frame, ssim_by_frame
 from vidtok.options import ReconstructOptions
 from vidtok.run.processes import in_precision
+from vidtok.run.run_folder import trained_size
 from vidtok.tokenizer import Tokenizer, check_decoder, check_tiles, choose_tokenizer, decode_stream, encode_stream
 from vidtok.video import VideoInfo, iter_frames, open_video, probe, resize_frames, to_frames, to_video
 
 RECORD_FILE = "reconstruction.json"
 FILES = ("reconstruction.mp4", "side_by_side.mp4", "metrics.json")
+MUCH_LARGER = 2  # times a side of the frames of training
 _OURS = re.compile("|".join(map(re.escape, (*FILES, RECORD_FILE))))
 
 
@@ -133,7 +135,13 @@ def _reconstructed(
 
 
 def _say(options: ReconstructOptions, size: tuple[int, int], original: tuple[int, int]) -> None:
-    notes = [f"at most {options.max_frames} frames at {size[1]}x{size[0]}, size=[HEIGHT,WIDTH] and max_frames=N make it faster"]
+    notes = [f"at most {options.max_frames} frames of {size[0]}x{size[1]}, size=[HEIGHT,WIDTH] and max_frames=N make it faster"]
     if size != original:
-        notes.append(f"{original[1]}x{original[0]} scaled and cropped to {size[1]}x{size[0]}")
+        notes.append(f"{original[0]}x{original[1]} scaled and cropped to {size[0]}x{size[1]}")
     print(f"input {options.input}: " + ", ".join(notes))
+    trained = None if options.checkpoint is None else trained_size(options.checkpoint)
+    if trained is not None and any(side > MUCH_LARGER * known for side, known in zip(size, trained, strict=True)):
+        print(
+            f"this tokenizer was trained on frames of {trained[0]}x{trained[1]}, these are {size[0]}x{size[1]}: their quality may differ "
+            f"from training's, size=[{trained[0]},{trained[1]}] gives what it knows"
+        )

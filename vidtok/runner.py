@@ -90,18 +90,18 @@ class Runner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: object, *_: object) -> None:
+        self.close(is_refused=error is not None)
 
-    def close(self) -> None:
-        """Give back the folder, the signal handlers and the terminal."""
+    def close(self, is_refused: bool = False) -> None:
+        """Give back the folder, the signal handlers and the terminal; a folder is not kept of a start refused before its first step."""
         self._progress.close()
         self._interrupts.restore()
         for tracker in getattr(self._accelerator, "trackers", []):
             tracker.finish()
         self._accelerator.trackers = []
         if self._folder is not None:
-            self._folder.close()
+            self._folder.close(is_refused)
 
     @property
     def device(self) -> torch.device:

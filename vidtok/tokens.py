@@ -145,7 +145,9 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
                 f"A window of {window} latent frames does not fit {self.folder}, where the longest row of split {split!r} "
                 f"has {longest}: use a window of 1 to {longest}, or encode longer clips."
             )
-        self._ends = list(accumulate(self._num_starts(row) for row in self._rows))
+        self.lengths = [self._lengths[row] for row in self._rows]  # of the split's rows, in latent frames
+        # From the middle too, where a first latent frame has a past: one that was encoded afresh looks as if its past had stood still.
+        self._ends = list(accumulate(max(0, length - window + 1) for length in self.lengths))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -163,10 +165,6 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         """Give the indices of every whole row, int64 (1, t, h, w), one at a time, for counting."""
         for row in self._rows:
             yield self._indices(row, 0, self._lengths[row])[None]
-
-    def _num_starts(self, row: int) -> int:
-        # From the middle too, where a first latent frame has a past: one that was encoded afresh looks as if its past had stood still.
-        return max(0, self._lengths[row] - self.window + 1)
 
     def _indices(self, row: int, first: int, last: int) -> Tensor:
         height, width = self.card.grid_height, self.card.grid_width

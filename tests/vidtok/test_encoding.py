@@ -106,11 +106,31 @@ def test_frames_that_fit_no_stride_are_padded_with_one_note(
     encode_dataset(
         EncodeOptions(checkpoint=str(causal), output=str(tmp_path / "tokens")), {**data, "cache_dir": str(tmp_path / "c")}
     )
-    assert "frames of 30x20 are padded to 32x24, which tokens of 8x8 pixels need" in capsys.readouterr().out
+    assert "frames of 20x30 are padded to 24x32, which tokens of 8x8 pixels need" in capsys.readouterr().out
     card = Card.load(tmp_path / "tokens")
     assert (card.frame_height, card.frame_width, card.grid_height, card.grid_width) == (20, 30, 3, 4)
     frames = to_video(np.load(tmp_path / "odd.npy"))[None]
     assert torch.equal(rows_of(tmp_path / "tokens")[0], load_tokenizer(causal).encode(frames)[0])
+
+
+@pytest.mark.parametrize("lengths", [(60, 16, 12), (60, 60)])
+def test_episodes_that_give_no_row_are_counted_with_the_keys_that_lengthen_them(
+    causal: Path, tmp_path: Path, lengths: tuple[int, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "films").mkdir()
+    for number, frames in enumerate(lengths):
+        np.save(tmp_path / "films" / f"{number}.npy", np.zeros((frames, 16, 16, 3), np.uint8))
+    data = {"name": "files", "root": str(tmp_path / "films"), "size": [16, 16], "cache_dir": str(tmp_path / "c")}
+    encode_dataset(EncodeOptions(checkpoint=str(causal), output=str(tmp_path / "tokens")), data)
+    printed = capsys.readouterr().out
+    rows = Card.load(tmp_path / "tokens").splits
+    # A quarter is held out: 4 and 3 frames are too few for 1 + 4.
+    assert rows == {"train": len(lengths), "validation": sum(frames // 4 >= 5 for frames in lengths)}
+    sentence = (
+        "2 of 3 held-out episodes have fewer than 5 frames and are left out, because a row needs two latent frames of this tokenizer: "
+        "give a larger data.validation or a higher data.fps\n"
+    )
+    assert (sentence in printed) == ("left out" in printed) == (len(lengths) == 3)
 
 
 def test_a_tokenizer_that_cannot_carry_its_state_on_gets_short_rows(

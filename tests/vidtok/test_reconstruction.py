@@ -183,3 +183,38 @@ def test_only_what_the_command_wrote_is_written_over(name: str, tmp_path) -> Non
     assert probe(tmp_path / "out" / "reconstruction.mp4").frames == 3
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*reconstruction.FILES, "reconstruction.json", "mine.txt"}
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_frames_far_larger_than_those_of_training_are_named_where_they_are_known(tmp_path, capsys) -> None:
+    prepare(tmp_path, np.zeros((2, 40, 24, 3), np.uint8), stride_t=1)
+    run = tmp_path / "run"
+    (tmp_path / "tok").rename(run.with_name("model"))
+    run.mkdir()
+    (tmp_path / "model").rename(run / "model")
+
+    def said(checkpoint: Path, **keys: object) -> str:
+        paths = {"input": str(tmp_path / "noise.npy"), "output": str(tmp_path / "out")}
+        reconstruct_file(ReconstructOptions(checkpoint=str(checkpoint), **paths, **keys))  # type: ignore[arg-type]
+        return capsys.readouterr().out
+
+    assert "trained on" not in said(run)
+    for text in ("data: [", "data: {size: large}", "data: {size: [1, 2, 3]}", "lr: 1"):
+        (run / "config.yaml").write_text(text)
+        assert "trained on" not in said(run)
+    (run / "config.yaml").write_text("data: {size: [16, 24]}\n")
+    note = "trained on frames of 16x24, these are 40x24: their quality may differ from training's, size=[16,24] gives what it knows\n"
+    assert note in said(run) and note in said(run / "model")
+    assert "trained on" not in said(run, size=[32, 24])
+    (run / "config.yaml").write_text("data: {size: 8}\n")
+    assert "trained on frames of 8x8, these are 40x24" in said(run)
+
+
+def test_sizes_are_height_by_width(tmp_path, capsys) -> None:
+    prepare(tmp_path, FRAMES[:2, :13, :22], stride_t=1)
+    reconstruct_file(options(tmp_path))
+    printed = capsys.readouterr().out
+    assert "at most 257 frames of 13x22, size=[HEIGHT,WIDTH]" in printed and "so 13x22 is written as 14x22" in printed
+    reconstruct_file(options(tmp_path, size=[12, 16]))
+    assert "frames of 12x16, size=[HEIGHT,WIDTH] and max_frames=N make it faster, 13x22 scaled and cropped to 12x16" in (
+        capsys.readouterr().out
+    )

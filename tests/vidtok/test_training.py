@@ -206,6 +206,19 @@ def test_wrong_lpips_weights_are_refused_before_any_data_is_opened(lpips_file: P
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["data=files", "data.root=nowhere"], ["data=digits", "data.size=33"], ["data=digits", "data.frames=3"],
+     ["data=digits", "tokenizer.codebook_size=0"], ["data=digits", "tokenizer.stride_t=4", "clip_frames=8"]],
+)  # fmt: skip
+def test_a_refused_training_leaves_no_folder(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "max_steps=1", "run_dir=runs/tok"])
+    assert stop.value.code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 class Announced:
     """The part of a Runner that is told about a training."""
 

@@ -99,6 +99,13 @@ class EpisodeSet:
         return [episode for episode in self.episodes if episode.split == name]
 
 
+def describe_short(episodes: Sequence[Episode], frames: int, of: str = "") -> str:
+    """Say how many episodes have fewer frames than are needed, and nothing where none has. of: words that say which episodes."""
+    short = sum(len(episode.frames) < frames for episode in episodes)
+    has, are = ("has", "is") if short == 1 else ("have", "are")
+    return f"{short} of {len(episodes)} {of}episodes {has} fewer than {frames} frames and {are} left out" if short else ""
+
+
 def hash_manifest(content: Any) -> str:
     """Hash anything that JSON can hold to 16 hex digits."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

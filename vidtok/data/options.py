@@ -6,6 +6,17 @@ import importlib.util
 import math
 from dataclasses import dataclass, field
 
+_LONGER = {
+    "files": "a larger data.validation or a higher data.fps",
+    "atari": "a larger data.max_frames",
+    "digits": "a larger data.frames",
+}
+
+
+def how_to_lengthen(source: str, is_end_held_out: bool = True) -> str:
+    """Name the keys that make episodes of a source longer. is_end_held_out: is an episode the held-out end of a file?"""
+    return _LONGER.get(source, "longer videos") if is_end_held_out or source != "files" else "a higher data.fps or longer videos"
+
 
 def _check_size(name: str, size: list[int]) -> None:
     if len(size) != 2 or any(side < 1 for side in size):

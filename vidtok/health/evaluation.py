@@ -19,13 +19,15 @@ from rich.table import Table
 from torch import Tensor
 
 from vidtok.data import Episode, EpisodeSet, build_episodes
-from vidtok.data.episodes import write_rejects
+from vidtok.data.episodes import describe_short, write_rejects
+from vidtok.data.options import how_to_lengthen
 from vidtok.folders import OutputFolder
 from vidtok.health.measures import ClipFigures, HealthMeter
 from vidtok.health.page import PAPERS, PLOTS, Health, ShownClip, write_health_page
 from vidtok.health.seams import Coder, SeamMeter, check_tile, chunk_steps, compare_chunks, compare_tiles
 from vidtok.health.speed import measure_speed
 from vidtok.health.verdicts import judge_all, overall
+from vidtok.model import VidTokModel
 from vidtok.options import EvaluateTokenizerOptions
 from vidtok.page_parts import difference_frames
 from vidtok.tokenizer import check_decoder, choose_tokenizer
@@ -87,6 +89,10 @@ def evaluate_checkpoint(options: EvaluateTokenizerOptions, data: Mapping[str, An
     check_tile(coder, options.tile, episodes.height, episodes.width)
     places = choose_clips(chosen, frames, options.clips, options.seed)
     about = f"{len(places)} clips of {frames} frames, {episodes.height}x{episodes.width} at {episodes.fps:g} a second, {split}"
+    left_out = describe_short(chosen, frames)
+    if left_out:
+        print(f"{left_out}: {_advise_short(coder, chosen, frames, episodes.name)}")
+        about += f", of which {left_out}"
     print(f"evaluating {name}: {about}", flush=True)
     meter, measured = _measure(coder, places, steps, options, episodes.fps, device)
     figures = {
@@ -94,12 +100,15 @@ def evaluate_checkpoint(options: EvaluateTokenizerOptions, data: Mapping[str, An
         "clip_frames": frames,
         "frames_per_second_of_clips": episodes.fps,
         "split": split,
+        "split_episodes": len(chosen),
+        "split_episodes_left_out": sum(len(episode.frames) < frames for episode in chosen),
         "frame_height_pixels": episodes.height,
         "frame_width_pixels": episodes.width,
         **measured,
     }
     usage = [] if meter.codes is None else [counts.sort(descending=True).values for counts in meter.codes.digit_counts]
-    health = Health(f"Health of {name}", about, figures, judge_all(figures), usage, meter.clips)
+    verdicts = judge_all(figures, tokenizer.config if isinstance(tokenizer, VidTokModel) else None)
+    health = Health(f"Health of {name}", about, figures, verdicts, usage, meter.clips)
     shown = [*_shown(coder, health, places, options.worst, device)]
     config = asdict(options) | {"data": dict(data)}
     folder.replace(FILES, config)
@@ -139,6 +148,15 @@ def choose_clips(episodes: Sequence[Episode], frames: int, count: int, seed: int
         ClipPlace(long[index], int(window - (ends[index - 1] if index else 0)), frames)
         for index, window in zip(which.tolist(), windows.tolist(), strict=True)
     ]
+
+
+def _advise_short(coder: Coder, episodes: Sequence[Episode], frames: int, source: str) -> str:
+    """Name the keys with which the episodes that are too short for a clip would be measured too."""
+    short = [episode for episode in episodes if len(episode.frames) < frames]
+    shortest = min(len(episode.frames) for episode in short)
+    fitting = coder.tokenizer.valid_frames(shortest)[0]
+    longer = how_to_lengthen(source, any(episode.split == "validation" and episode.start > 0 for episode in short))
+    return f"clip_frames={fitting} takes all, or give {longer}" if fitting <= shortest else f"give {longer}"
 
 
 def _choose_split(episodes: EpisodeSet, wanted: str | None) -> tuple[str, list[Episode]]:
@@ -252,5 +270,5 @@ def _print(health: Health, output: Path) -> None:
     console.print(table)
     for verdict in health.verdicts:
         if verdict.status in ("look at this", "broken"):
-            console.print(f"{verdict.rule.title}: {verdict.rule.advice}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{verdict.rule.title}: {verdict.advice}", markup=False, highlight=False, soft_wrap=True)
     print(f"{overall(health.verdicts)}; figures in {output / 'metrics.json'}, pictures in {output / 'report.html'}")

@@ -133,7 +133,7 @@ def _verdict(verdict: Verdict) -> str:
     """Give one line: badge, name, value, rule, and what to do where something is to be done."""
     rule, kind = verdict.rule, verdict.status.split()[0]
     is_bad = verdict.status in ("look at this", "broken")
-    advice = f'<p class="advice">{escape(rule.advice)}</p>' if is_bad else ""
+    advice = f'<p class="advice">{escape(verdict.advice)}</p>' if is_bad else ""
     return (
         f'<div class="verdict {kind}"><b class="name">{escape(rule.title)}</b><b class="value">{escape(rule.show(verdict.value))}</b>'
         f'<span class="badge"><i>{SYMBOLS[verdict.status]}</i>{verdict.status}</span>'

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from vidtok.run.checkpoints import TrainState, clean, clean_checkpoints, newest_checkpoint, read_state, write_text
 
@@ -22,6 +26,9 @@ MARKER_FILE = "run.json"
 RUN_FORMAT = 1
 # All that a start killed before its marker can have left.
 _BEFORE_MARKER = {".lock", f".tmp-{MARKER_FILE}"}
+# All that a start can have left that was refused before its first step.
+_BEFORE_STEP = {*_BEFORE_MARKER, MARKER_FILE, "config.yaml", "plan.json", "first_values.json", "rejects.csv"}
+_FOLDERS_BEFORE_STEP = {"checkpoints", "samples", "tensorboard"}
 
 Value = TypeVar("Value", str, int)
 
@@ -38,10 +45,12 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         _check_owner(path, command)
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(path)
+        self._is_new = not (path / MARKER_FILE).exists()
         try:
-            if not (path / MARKER_FILE).exists():
+            if self._is_new:
                 write_text(path / MARKER_FILE, json.dumps({"command": command, "format_version": RUN_FORMAT}) + "\n")
             for folder in (self.checkpoints, path / "samples"):
                 folder.mkdir(exist_ok=True)
@@ -56,9 +65,28 @@ class RunFolder:
             self.close()
             raise
 
-    def close(self) -> None:
-        """Let other processes in."""
+    def close(self, is_refused: bool = False) -> None:
+        """Let other processes in. is_refused: an error ended this start, so that a folder it made and trained nothing in goes too."""
+        if is_refused and self._is_new and self._is_untrained():
+            for child in self.path.iterdir():
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
+            for folder in self._made:
+                # Another command may have made something beside it.
+                with suppress(OSError):
+                    folder.rmdir()
         self._lock.close()
+
+    def _is_untrained(self) -> bool:
+        """Tell whether nothing lies here but what every start writes before its first step, and no list of files that were rejected."""
+        if not self.path.is_dir():
+            return False
+        names = {child.name for child in self.path.iterdir()}
+        rejects = self.path / "rejects.csv"
+        return (
+            names <= _BEFORE_STEP | _FOLDERS_BEFORE_STEP
+            and not any(child for name in ("checkpoints", "samples") for child in (self.path / name).glob("*"))
+            and not (rejects.exists() and len(rejects.read_text(encoding="utf-8").splitlines()) > 1)
+        )
 
     def append_metrics(self, values: Mapping[str, float]) -> None:
         """Add one line to metrics.jsonl; a value that is no number in JSON becomes null."""
@@ -135,6 +163,19 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[st
         if key.split(".")[0] not in FREE_KEYS and before.get(key, _ABSENT) != now.get(key, _ABSENT):
             return key, before.get(key, _ABSENT), now.get(key, _ABSENT)
     return None
+
+
+def trained_size(path: str | Path) -> tuple[int, int] | None:
+    """Give the (height, width) of the frames that a run folder, or its model/, was trained on; None where nothing there says it."""
+    path = Path(path).expanduser().absolute()
+    file = (path.parent if path.name == "model" else path) / "config.yaml"
+    try:
+        size = OmegaConf.select(OmegaConf.load(file), "data.size") if file.is_file() else None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
+        return None
+    # Digits move on a square.
+    sides = [size, size] if isinstance(size, int) else list(size) if isinstance(size, ListConfig) else []
+    return (sides[0], sides[1]) if len(sides) == 2 and all(isinstance(side, int) for side in sides) else None
 
 
 def _check_owner(path: Path, command: str) -> None:

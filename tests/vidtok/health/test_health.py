@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from tests.conftest import check_page, randomised
@@ -230,6 +231,54 @@ def test_a_clip_is_as_long_as_tokenizer_and_data_allow() -> None:
         clip_length(coder, [episode(12)], 17)
 
 
+SMALL = {"width": 8, "encoder_blocks": 1, "decoder_blocks": 1}
+CONFIGS = [
+    {},
+    {"encoder_kernel": 1, "patch_s": 8, "quantizer": "vq"},
+    {"quantizer": "fsq", "codebook_size": 64000, "stride_s": 16, "channel_multipliers": [1, 3, 2]},
+    {"quantizer": "fsq", "fsq_levels": [40, 40], "stride_s": 4},
+    {"quantizer": "vq", "codebook_size": 70, "codebook_dim": 16},
+    {"quantizer": "simvq", "codebook_size": 4096, "num_codebooks": 2},
+    {"quantizer": "lfq", "codebook_size": 256},
+    {"quantizer": "bsq", "codebook_size": 1 << 12},
+    {"quantizer": "kl"},
+]
+
+
+def typed_keys(advice: str) -> list[dict[str, Any]]:
+    """The changes of an advice, each as the keys of tokenizer= that a person would type together."""
+    found = re.findall(r"tokenizer\.\S+?=\S+(?: tokenizer\.\S+?=\S+)*", advice)
+    words = [[word.removeprefix("tokenizer.").rstrip(",:").split("=") for word in change.split()] for change in found]
+    return [{key: yaml.safe_load(value) for key, value in change} for change in words]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_advised_key_can_be_typed_beside_what_the_tokenizer_has_and_changes_it(config: dict[str, Any]) -> None:
+    has = VidTokConfig(**SMALL, **config)
+    changes = [change for rule in RULES for change in typed_keys(rule.advise(has))]
+    assert changes
+    for change in changes:
+        changed = VidTokConfig(**SMALL, **{**config, **change})
+        for key, value in change.items():
+            assert value is None or getattr(changed, key) == value != getattr(has, key), change
+    for rule in RULES:
+        words = re.sub(r"tokenizer\.\S+", "KEY", rule.advise(has))
+        assert not re.search(r"\b(encoder_kernel|codebook_dim|codebook_size|quantizer)\b|[{}]", words)
+        assert words.count(":") <= 1 and not words.rstrip().endswith((":", "with", "or"))
+
+
+def test_nothing_is_advised_that_the_tokenizer_has_and_no_training_of_another_projects() -> None:
+    advice = {rule.key: rule.advise(VidTokConfig(quantizer="fsq", encoder_kernel=1, stride_s=4)) for rule in RULES}
+    for words in ("encoder_kernel", "quantizer=fsq", "stride_s", "codebook_dim"):
+        assert not [text for text in advice.values() if words in text]
+    used = {rule.key: rule.advise(VidTokConfig(quantizer="vq")) for rule in RULES}["codebook_used_of_attainable_fraction"]
+    assert used.endswith(
+        ": a training with tokenizer.codebook_size=512, tokenizer.codebook_dim=4 or tokenizer.quantizer=fsq may help"
+    )
+    assert not [rule for rule in RULES if "tokenizer." in rule.advise(None)]
+    assert judge_all({"codebook_used_of_attainable_fraction": 0.0}, VidTokConfig(quantizer="vq"))[0].advice == used
+
+
 def small_health() -> Health:
     meter = HealthMeter(Coder(Fading()))
     meter.update(clips())
@@ -292,6 +341,46 @@ def test_the_command_writes_figures_clips_and_page(
     assert f"{lowest['source']} at {float(lowest['start_seconds']):.1f} s" in page.text
     assert "6 clips of 17 frames, 32x32" in printed
     assert "PSNR of moving pixels" in printed and "broken" in printed and "report.html" in printed
+
+
+def write_films(folder: Path, lengths: dict[str, int]) -> list[str]:
+    for name, frames in lengths.items():
+        folder.mkdir(exist_ok=True)
+        np.save(folder / f"{name}.npy", np.random.default_rng(0).integers(0, 256, (frames, 16, 16, 3), dtype=np.uint8))
+    return ["data=files", f"data.root={folder}", "data.size=[16,16]", "data.fps=24", f"data.cache_dir={folder.parent / 'cache'}"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "keys", "sentence"),
+    [
+        # Of each film the last quarter is held out, at most 24 frames.
+        ({"a": 96, "b": 36, "c": 20, "d": 40}, [],
+         "3 of 4 episodes have fewer than 17 frames and are left out: clip_frames=5 takes all, or give a larger data.validation or a "
+         "higher data.fps"),
+        ({"a": 96, "b": 36}, ["split=train", "clip_frames=33"],
+         "1 of 2 episodes has fewer than 33 frames and is left out: clip_frames=25 takes all, or give a higher data.fps or longer videos"),
+        ({"a": 96, "b": 96}, [], ""),
+    ],
+    ids=["held out", "of training", "none"],
+)  # fmt: skip
+def test_episodes_too_short_for_a_clip_are_named_and_counted(
+    lengths: dict[str, int], keys: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_films(tmp_path / "films", lengths)
+    arguments = [save_tiny(tmp_path, stride_t=4), *data, f"output={tmp_path / 'out'}", "clips=2", "worst=0"]
+    main([*arguments, *keys])
+    printed, figures = capsys.readouterr().out, json.loads((tmp_path / "out" / "metrics.json").read_text())
+    text = check_page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).text
+    left_out = sentence.partition(":")[0]
+    assert figures["split_episodes"] == len(lengths)
+    assert figures["split_episodes_left_out"] == int(left_out[:1] or 0)
+    if sentence:
+        assert f"{sentence}\n" in printed and f"of which {left_out}" in text
+        # What it advises takes all of them in.
+        (fewer,) = re.findall(r"clip_frames=\d+", sentence)
+        main([*arguments, *(key for key in keys if "clip_frames" not in key), fewer])
+    assert "left out" not in (capsys.readouterr().out if sentence else printed + text.partition("Curves")[0])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["split_episodes_left_out"] == 0
 
 
 def test_a_figure_of_no_group_is_on_the_page_too(tmp_path: Path) -> None:

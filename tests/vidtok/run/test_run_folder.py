@@ -63,3 +63,43 @@ def test_a_new_folder_and_one_of_a_start_killed_at_once_are_taken(tmp_path: Path
     assert not (tmp_path / ".tmp-run.json").exists()
     start(tmp_path / "not" / "there" / "yet")
     assert (tmp_path / "not" / "there" / "yet" / "run.json").is_file()
+
+
+@pytest.mark.parametrize("made", ["runs/mine/a", "a"])
+def test_a_refused_start_leaves_no_folder_that_it_made(tmp_path: Path, made: str) -> None:
+    folder = RunFolder(tmp_path / made, {"lr": 0.1}, "vidtok-train")
+    folder.first_value("data", "x")
+    (folder.path / "rejects.csv").write_text("source,reason\n")
+    (folder.path / "tensorboard").mkdir()
+    (folder.path / "tensorboard" / "events").write_text("")
+    folder.close(is_refused=True)
+    folder.close(is_refused=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "failure.json", "checkpoints/step_1", "samples/a.png", "mine.txt"])
+def test_a_refused_start_keeps_what_is_worth_something(tmp_path: Path, name: str) -> None:
+    folder = RunFolder(tmp_path / "a", {"lr": 0.1}, "vidtok-train")
+    (tmp_path / "a" / name).write_text("")
+    folder.close(is_refused=True)
+    assert {name, "run.json", "config.yaml"} <= set(contents(tmp_path / "a"))
+
+
+def test_a_refused_start_keeps_the_list_of_rejected_files(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a", {"lr": 0.1}, "vidtok-train")
+    (tmp_path / "a" / "rejects.csv").write_text("source,reason\nfilm.mp4,damaged\n")
+    folder.close(is_refused=True)
+    assert (tmp_path / "a" / "rejects.csv").is_file()
+
+
+def test_a_refused_start_leaves_a_folder_that_was_there_and_a_run_of_an_earlier_start(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    RunFolder(tmp_path / "empty", {"lr": 0.1}, "vidtok-train").close(is_refused=True)
+    assert list((tmp_path / "empty").iterdir()) == []
+    start(tmp_path / "a")
+    before = contents(tmp_path / "a")
+    RunFolder(tmp_path / "a", {"lr": 0.1}, "vidtok-train").close(is_refused=True)
+    assert contents(tmp_path / "a") == before
+    start(tmp_path / "runs" / "a")
+    RunFolder(tmp_path / "runs" / "b", {"lr": 0.1}, "vidtok-train").close(is_refused=True)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
