@@ -5,13 +5,16 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from vidgpt.bench import main as bench_gpt
 from vidgpt.config import VidGPTConfig
 from vidgpt.demo import main as demo
 from vidgpt.evaluate import main as evaluate
+from vidgpt.export import main as export
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.predict import main as predict
 from vidgpt.schema import register_schemas as register_model_schemas
 from vidgpt.train import main as train_gpt
+from vidgpt.verify import main as verify
 from vidtok.bench import main as bench_tokenizer
 from vidtok.config import QUANTIZERS, VidTokConfig
 from vidtok.encode import main as encode
@@ -23,7 +26,10 @@ from vidtok.tokenizer import FAMILIES, SCRIPTS
 from vidtok.train import main as train_tokenizer
 
 CONF = Path(config_dir())
-ENTRIES = (train_tokenizer, bench_tokenizer, encode, evaluate_tokenizer, reconstruct, train_gpt, predict, evaluate, demo)
+ENTRIES = (
+    *(train_tokenizer, bench_tokenizer, encode, evaluate_tokenizer, reconstruct),
+    *(train_gpt, predict, evaluate, export, bench_gpt, verify, demo),
+)
 
 
 def presets(group: str) -> list[str]:
@@ -45,7 +51,7 @@ def test_every_command_has_its_configuration() -> None:
     assert sorted(path.stem for path in CONF.glob("*.yaml")) == sorted(entry.config_name for entry in ENTRIES)
     assert presets("data") == ["atari", "digits", "files"]
     # Options have their defaults in their dataclasses alone; the demo's keys are those of other commands.
-    for path in set(CONF.glob("vidtok_*.yaml")) | set(CONF.glob("vidgpt_[ep]*.yaml")):
+    for path in set(CONF.glob("vidtok_*.yaml")) | set(CONF.glob("vidgpt_[epv]*.yaml")):
         assert set(OmegaConf.load(path)) == {"defaults"}, path
 
 

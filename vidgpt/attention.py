@@ -2,13 +2,13 @@
 
 Unusual: a query carries the phases of the position it predicts, the next one, and a key those of its own. So "the same place one
 frame ago" is one constant offset for every token, also at the end of a row.
+Travels with exported models (vidgpt.exporting), and keeps what an engine such as vLLM asks of a model that it serves.
 """
 
 from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
@@ -59,18 +59,25 @@ class RotaryPhases(nn.Module):
 
     def refill(self) -> None:
         """Compute the table; loading a model leaves it uninitialised."""
-        positions, pairs = self.cos.shape
-        axes = TokenLayout.from_config(self.config).coordinates(torch.arange(positions, device=self.cos.device))
-        band = torch.arange(pairs, device=self.cos.device)
-        bands_per_axis = -(-pairs // 3)
-        frequency = self.config.rope_theta ** (-(band // 3).float() / bands_per_axis)
-        angle = torch.stack(axes, dim=-1).float()[:, band % 3] * frequency
-        self.cos.copy_(angle.cos())
-        self.sin.copy_(angle.sin())
+        cos, sin = self.compute(torch.arange(len(self.cos), device=self.cos.device))
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
 
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Give cos and sin, each (B, 1, L, head_dim / 2), fp32."""
-        return self.cos[position_ids][:, None], self.sin[position_ids][:, None]
+    def forward(self, position_ids: Tensor, is_beyond: bool = False) -> tuple[Tensor, Tensor]:
+        """Give cos and sin, each (B, 1, L, head_dim / 2), fp32. is_beyond: positions may lie behind the window."""
+        cos, sin = self.compute(position_ids) if is_beyond else (self.cos[position_ids], self.sin[position_ids])
+        return cos[:, None], sin[:, None]
+
+    def compute(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Give cos and sin, each (..., head_dim / 2), fp32, of any positions (...): the table's values, and those behind it."""
+        # Angles in fp64: a day of video is millions of radians, which fp32 knows to a quarter. Apple's GPUs have no fp64.
+        device, near = position_ids.device, "cpu" if position_ids.device.type == "mps" else position_ids.device
+        axes = TokenLayout.from_config(self.config).coordinates(position_ids.to(near))
+        band = torch.arange(self.cos.shape[1], device=near)
+        bands_per_axis = -(-len(band) // 3)
+        frequency = self.config.rope_theta ** (-(band // 3).double() / bands_per_axis)
+        angle = torch.stack(axes, dim=-1).double()[..., band % 3] * frequency
+        return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
 def rotate(states: Tensor, phases: tuple[Tensor, Tensor]) -> Tensor:
@@ -108,15 +115,19 @@ class Attention(nn.Module):
         past_key_values: Cache | None,
         **kwargs: Any,
     ) -> Tensor:
-        """Mix hidden_states (B, L, D); attention_mask: (B, 1, L, keys) True = may attend, None = causal."""
-        query, key, value = (
-            rearrange(projection(hidden_states), "b n (heads d) -> b heads n d", d=self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query, key = rotate(self.q_norm(query), query_phases), rotate(self.k_norm(key), key_phases)
+        """Mix hidden_states (B, L, D); attention_mask: (B, 1, L, keys) True = may attend, None = causal.
+
+        kwargs go on to the attention function: an engine hands over its own state there.
+        """
+        # Called one by one, and heads counted from the result: an engine joins the three matrices, or keeps a part of the heads.
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        query, key, value = (states.unflatten(-1, (-1, self.head_dim)) for states in (query, key, value))
+        query, key, value = (states.transpose(1, 2) for states in (self.q_norm(query), self.k_norm(key), value))
+        query, key = rotate(query, query_phases), rotate(key, key_phases)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, sdpa_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
-        return self.o_proj(rearrange(mixed, "b n heads d -> b n (heads d)"))
+        # (B, L, heads, head_dim), or as vLLM gives it (L, heads * head_dim).
+        return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1))

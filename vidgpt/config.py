@@ -1,4 +1,4 @@
-"""The transformer's options: the only home of their defaults."""
+"""The transformer's options: the only home of their defaults. Travels with exported models (vidgpt.exporting)."""
 
 import math
 
@@ -21,6 +21,8 @@ class VidGPTConfig(PreTrainedConfig):
     """Options of VidGPTForCausalLM.
 
     window: latent frames that fit (context and future together); 0 is 24, or in training the longest clip where that is shorter.
+    attention_frames: newest frames that each token sees, its own included, so that a sequence may be longer than the window; 0 is all.
+    sink_frames: the first so many frames of a sequence stay visible to all. Their distance grows beyond what training showed.
     factors: an id of a large codebook as digits, coarsest first; [512,512] for 2**18 ids. null takes the tokenizer's own codebooks.
     digits: slots predicts the digits of a place one after the other, parallel all at once: fewer tokens, but independent digits.
     rope_theta: base of the rotary phases; small, because the axes are short. loss_chunk: logits (tokens x vocabulary) held at once
@@ -38,6 +40,12 @@ class VidGPTConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "embed_slots": (["position_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     format_version: int = 1
     codebook_size: int = 1000
@@ -47,6 +55,8 @@ class VidGPTConfig(PreTrainedConfig):
     factors: list[int] | None = None
     digits: str = "slots"
     window: int = 0
+    attention_frames: int = 0
+    sink_frames: int = 0
     vocab_size: int | None = None
     max_position_embeddings: int | None = None
     hidden_size: int = 256
@@ -96,12 +106,25 @@ class VidGPTConfig(PreTrainedConfig):
         self._validate_digits(self.factors or [])
         if self.window < 2:
             raise ValueError(f"window={self.window} leaves nothing to predict: use 2 frames or more")
+        self._validate_attention_frames()
         if heads < 1 or self.hidden_size % heads:
             raise ValueError(f"hidden_size={self.hidden_size} is no multiple of num_attention_heads={heads}: change one of them")
         if groups < 1 or heads % groups:
             raise ValueError(f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}: change one of them")
         if (self.head_dim or 0) < 8 or (self.head_dim or 0) % 2:
             raise ValueError(f"head_dim={self.head_dim} cannot carry three rotary axes: it must be even and 8 or more")
+
+    def _validate_attention_frames(self) -> None:
+        if not 0 <= self.attention_frames <= self.window:
+            raise ValueError(
+                f"attention_frames={self.attention_frames} is not from 0 (all frames) to window={self.window}, the most that training "
+                "shows: lower it or raise window"
+            )
+        if self.sink_frames < 0 or (self.sink_frames and not self.attention_frames):
+            raise ValueError(
+                f"sink_frames={self.sink_frames} keeps frames visible that attention_frames={self.attention_frames} would hide: "
+                "give 0 or more, and above 0 only with an attention_frames above 0"
+            )
 
     def _validate_digits(self, factors: list[int]) -> None:
         if self.digits not in DIGITS:

@@ -84,7 +84,7 @@ def _note(info: object, card: Card, asked: int, given: int, first: int, repeated
     width, height, fps = (getattr(info, name) for name in ("width", "height", "fps"))
     done = []
     if (height, width) != (card.frame_height, card.frame_width):
-        done.append(f"scaled and centre-cropped from {width}x{height} to {card.frame_width}x{card.frame_height}")
+        done.append(f"scaled and centre-cropped from {height}x{width} to {card.frame_height}x{card.frame_width}")
     if abs(fps - card.fps) > 1e-3:
         done.append(f"resampled from {fps:g} to {card.fps:g} fps")
     used = f"context is frames {first}..{first + given - 1} ({first / card.fps:.2f} s to {(first + given - 1) / card.fps:.2f} s)"

@@ -8,6 +8,8 @@ Outside, an id of a large or residual codebook is one integer a place; here it h
 With digits="slots" each digit takes a slot of its own, beside those of its place, and has ids of its own. With "parallel"
 a place is one slot that holds the whole id, and its digits are predicted together, independent of each other given the past.
 With one digit, the common case, the two are the same.
+
+Travels with exported models (vidgpt.exporting), so it imports torch alone.
 """
 
 import math
@@ -16,7 +18,6 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor
 
 from vidgpt.config import VidGPTConfig
@@ -114,13 +115,19 @@ class TokenLayout:
 
     def positions_of(self, slot: int, num_frames: int) -> Tensor:
         """Give the position of slot `slot`, 0 .. slots_per_place - 1, of every place of num_frames frames, in order: (t * h * w,)."""
-        frames = rearrange(torch.arange(num_frames), "t -> t 1") * self.tokens_per_frame
+        frames = torch.arange(num_frames)[:, None] * self.tokens_per_frame
         return (frames + 1 + slot + torch.arange(self.cells) * self.slots_per_place).flatten()
 
     def due_digits(self, slot: int) -> range:
         """Give the digits that stand in picture slot `slot` of a frame, 0 .. slots_per_frame - 1."""
         first = slot % self.slots_per_place
         return range(self.num_digits) if self.is_parallel else range(first, first + 1)
+
+    def legal_ids(self, positions: Tensor) -> Tensor:
+        """Tell which ids (..., vocab_size) may stand in the picture slots at positions (...), where each digit has a slot of its own."""
+        bounds = torch.tensor(self.spans, device=positions.device)[(positions % self.tokens_per_frame - 1) % self.slots_per_place]
+        ids = torch.arange(self.vocab_size, device=positions.device)
+        return (ids >= bounds[..., :1]) & (ids < bounds[..., 1:])
 
     def due_logits(self, logits: Tensor, slot: int) -> list[Tensor]:
         """Cut the logits (..., num_logits) that predict picture slot `slot` into one (..., factor) for each digit due there."""
@@ -146,9 +153,9 @@ class TokenLayout:
         A lead has its own row in every place of Q.
         """
         is_lead = input_ids >= self.codebook_size
-        lead_rows = rearrange(input_ids - self.codebook_size + sum(self.factors), "... -> ... 1")
+        lead_rows = (input_ids - self.codebook_size + sum(self.factors))[..., None]
         rows = self._rows(input_ids.masked_fill(is_lead, 0))
-        return torch.where(rearrange(is_lead, "... -> ... 1"), lead_rows, rows), is_lead
+        return torch.where(is_lead[..., None], lead_rows, rows), is_lead
 
     def leads(self, num_frames: int, batch_size: int, actions: Tensor | None = None) -> Tensor:
         """Give the lead ids (B, t).
@@ -163,13 +170,16 @@ class TokenLayout:
         leads[:, 0] = self.bos_id
         return leads
 
+    def without_actions(self, input_ids: Tensor) -> Tensor:
+        """Put the plain separator in place of every action, in input_ids of any shape."""
+        return input_ids.clamp(max=self.separator_id)
+
     def flatten(self, indices: Tensor, actions: Tensor | None = None) -> Tensor:
         """Give input_ids (B, L), L = t * tokens_per_frame, of indices (B, t, h, w) and actions (B, t)."""
         self._check_indices(indices)
         leads = self.leads(indices.shape[1], indices.shape[0], actions).to(indices.device)
-        slots = self._rows(indices) if self.slots_per_place > 1 else rearrange(indices, "b t h w -> b t h w 1")
-        cells = rearrange(slots, "b t h w s -> b t (h w s)")
-        return rearrange(torch.cat([leads[:, :, None], cells], dim=2), "b t n -> b (t n)")
+        slots = self._rows(indices) if self.slots_per_place > 1 else indices[..., None]
+        return torch.cat([leads[:, :, None], slots.flatten(2)], dim=2).flatten(1)
 
     def unflatten(self, input_ids: Tensor) -> Tensor:
         """Give indices (B, t, h, w) of whole frames input_ids (B, L). Raises ValueError on ids that are no picture ids."""
@@ -177,16 +187,22 @@ class TokenLayout:
             raise ValueError(
                 f"{input_ids.shape[1]} tokens are no whole number of frames of {self.tokens_per_frame}: pass complete frames"
             )
-        frames = rearrange(input_ids, "b (t n) -> b t n", n=self.tokens_per_frame)
-        ids = rearrange(frames[:, :, 1:], "b t (h w s) -> b t h w s", h=self.height, s=self.slots_per_place)
+        frames = input_ids.unflatten(1, (input_ids.shape[1] // self.tokens_per_frame, self.tokens_per_frame))
+        ids = frames[:, :, 1:].unflatten(2, (self.height, self.width, self.slots_per_place))
         indices = self._joined(ids) if self.slots_per_place > 1 else ids[..., 0]
         self._check_indices(indices)
         return indices
 
+    def frame(self, input_ids: Tensor) -> Tensor:
+        """Give the indices (B, h, w) of the picture slots input_ids (B, slots_per_frame) of one frame, unchecked."""
+        slots = input_ids.unflatten(1, (self.height, self.width, self.slots_per_place))
+        if self.slots_per_place == 1:
+            return slots[..., 0]
+        return self.join(slots - torch.tensor([start for start, _ in self.spans], device=slots.device))
+
     def labels(self, input_ids: Tensor) -> Tensor:
         """Give labels (B, L): the ids themselves, IGNORED at lead slots (the model shifts them)."""
-        positions = repeat(torch.arange(input_ids.shape[1], device=input_ids.device), "n -> b n", b=input_ids.shape[0])
-        return input_ids.masked_fill(self.is_lead(positions), IGNORED)
+        return input_ids.masked_fill(self.is_lead(torch.arange(input_ids.shape[1], device=input_ids.device)), IGNORED)
 
     def _rows(self, indices: Tensor) -> Tensor:
         """Give the embedding's rows (..., Q) of the digits of indices (...)."""

@@ -1,9 +1,8 @@
-"""Cross-entropy over large vocabularies without holding all logits."""
+"""Cross-entropy over large vocabularies without holding all logits. Travels with exported models (vidgpt.exporting)."""
 
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -21,7 +20,7 @@ def place_cross_entropy(hidden_states: Tensor, head: Tensor, labels: Tensor, lay
     if layout.num_digits == 1:
         return chunked_cross_entropy(hidden_states, head, targets, max_logits)
     if layout.is_parallel:
-        is_ignored = rearrange(targets == IGNORED, "n -> n 1")
+        is_ignored = (targets == IGNORED)[:, None]
         digits = layout.split(targets.clamp(min=0)).masked_fill(is_ignored, IGNORED)
         return chunked_cross_entropy(hidden_states, head, digits, max_logits, layout.factors)
     losses = []
@@ -40,7 +39,7 @@ def chunked_cross_entropy(
     make up V. At most max_logits logits exist at a time: with more, they are computed in chunks and again in the backward pass.
     """
     if factors is None:
-        labels, factors = rearrange(labels, "n -> n 1"), (head.shape[0],)
+        labels, factors = labels[:, None], (head.shape[0],)
     kept = labels[:, 0] != IGNORED
     hidden_states, labels = hidden_states[kept], labels[kept]
     if labels.numel() == 0:

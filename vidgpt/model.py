@@ -3,15 +3,17 @@
 Unusual: rotary phases over (t, h, w) computed from the plain 1-D position, queries aligned to the position they predict, and a
 learned embedding of the slot within the frame, because a place's law may depend on where it is (a lane, the sky) and, where an id
 has several digits, on which of them is due.
+
+Travels with exported models (vidgpt.exporting), so the modules of this file's closure import torch and transformers alone.
 """
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -19,9 +21,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from vidgpt.attention import Attention, BranchEnd, RMSNorm, RotaryPhases
 from vidgpt.cache import SlotCache
 from vidgpt.config import VidGPTConfig
+from vidgpt.generation import LayoutLogitsProcessor
 from vidgpt.layout import TokenLayout
 from vidgpt.loss import place_cross_entropy
-from vidgpt.masks import build_mask, causal
+from vidgpt.masks import build_mask, causal, rule_of
 
 
 class MLP(nn.Module):
@@ -33,10 +36,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.down_proj = BranchEnd(width, config.hidden_size, bias=False)
+        self.act_fn = nn.SiLU()  # a module, because engines look for one between the matrices that they join
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Keep the shape (B, L, D)."""
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -97,25 +101,33 @@ class VidGPTModel(VidGPTPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Give last_hidden_state (B, L, D) of input_ids (B, L).
+        """Give last_hidden_state (B, L, D) of input_ids (B, L), or of inputs_embeds (B, L, D): what the first layer reads, slots added.
 
-        position_ids: (B, L) or (L,), counted on from the cache by default. attention_mask: (B, keys), 0 hides a position.
-        Raises ValueError past the window, and for given positions outside it.
+        position_ids: (B, L) or (L,), counted on from the cache by default. attention_mask: (B, keys), 0 hides a position, or
+        (B, 1, L, keys), True = may attend, as it is, with position_ids that are then not checked. kwargs go to the attention function;
+        attention_instances among them marks an engine (vLLM) that keeps keys and positions itself: these are then not checked either.
+        Raises ValueError past the window, and for given positions outside it, unless attention_frames is set: then any length will do.
         """
+        given = self._check_inputs(input_ids, inputs_embeds, "attention_instances" in kwargs)
         if use_cache and past_key_values is None:
             past_key_values = SlotCache(self.config.num_hidden_layers, int(self.config.max_position_embeddings or 0))
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        positions = self._positions(input_ids, position_ids, past)
-        mask = self._mask(attention_mask, positions, past)
-        query_phases, key_phases = self.rotary(positions + 1), self.rotary(positions)
-        hidden_states = self._embed(input_ids) + self.embed_slots(positions % self.layout.tokens_per_frame)
+        is_planned = attention_mask is not None and attention_mask.ndim == 4
+        positions = self._positions(given, position_ids, past, is_planned, "attention_instances" in kwargs)
+        mask = self._mask(attention_mask, positions, past, position_ids is not None)
+        is_beyond = self.config.attention_frames > 0 and (position_ids is not None or past + given.shape[1] > self._size)
+        query_phases, key_phases = self.rotary(positions + 1, is_beyond), self.rotary(positions, is_beyond)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(given) + self.embed_slots(positions % self.layout.tokens_per_frame)
+        hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -127,7 +139,7 @@ class VidGPTModel(VidGPTPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor) -> Tensor:
         """Give the embedding (B, L, D) of input_ids (B, L); an id that holds several digits has the sum of theirs."""
         if not self.layout.is_parallel:
             return self.embed_tokens(input_ids)
@@ -136,36 +148,73 @@ class VidGPTModel(VidGPTPreTrainedModel):
         summed = reduce(torch.add, map(self.embed_tokens, rows.unbind(-1)))
         return torch.where(is_lead[..., None], self.embed_tokens(rows[..., 0]), summed)
 
-    def _positions(self, input_ids: Tensor, position_ids: Tensor | None, past: int) -> Tensor:
-        size = int(self.config.max_position_embeddings or 0)
+    @property
+    def _size(self) -> int:
+        """Positions in a window."""
+        return int(self.config.max_position_embeddings or 0)
+
+    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, is_served: bool) -> Tensor:
+        """Give the one that came, of which the first two axes count here."""
+        if is_served and self.config.attention_frames:
+            raise ValueError(
+                f"attention_frames={self.config.attention_frames} hides whole frames, and an engine's own attention would show them: "
+                "generate with transformers or vidgpt, or train with model.attention_frames=0"
+            )
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError(f"{'no' if given is None else 'both'} input_ids and inputs_embeds came: give one of them")
+        return given
+
+    def _positions(
+        self, given: Tensor, position_ids: Tensor | None, past: int, is_planned: bool, is_served: bool = False
+    ) -> Tensor:
+        size, is_endless = self._size, self.config.attention_frames > 0
+        if position_ids is not None and is_planned:
+            return position_ids
+        if position_ids is not None and (is_served or torch.compiler.is_compiling()):
+            return position_ids.expand(given.shape[:2])
         if position_ids is not None:
             # Only here the values must be looked at, which waits for a GPU.
             low, high = torch.stack(torch.aminmax(position_ids)).tolist()
-            if low < 0 or high >= size:
+            if low < 0 or (high >= size and not is_endless):
                 raise ValueError(
                     f"position_ids from {low} to {high} do not fit the window of {self.config.window} frames (0 to {size - 1}): "
                     "give fewer context frames, predict fewer, or train with a larger model.window"
                 )
-            return position_ids.expand(input_ids.shape)
-        end = past + input_ids.shape[1]
-        if end > size:
+            return position_ids.expand(given.shape[:2])
+        end = past + given.shape[1]
+        if end > size and not is_endless:
             raise ValueError(
                 f"{end} tokens do not fit the window of {self.config.window} frames ({size} tokens): "
                 "give fewer context frames, predict fewer, or train with a larger model.window"
             )
-        return torch.arange(past, end, device=input_ids.device).expand(input_ids.shape)
+        return torch.arange(past, end, device=given.device).expand(given.shape[:2])
 
-    def _mask(self, attention_mask: Tensor | None, positions: Tensor, past: int) -> Tensor | None:
-        """None where SDPA's own causal flag, or a single query over a cache, is exact: its flag aligns top-left otherwise."""
-        is_padded = attention_mask is not None and not bool(attention_mask.all())
-        if not is_padded and (past == 0 or positions.shape[1] == 1):
+    def _mask(self, attention_mask: Tensor | None, positions: Tensor, past: int, is_given: bool) -> Tensor | None:
+        """None where SDPA's own causal flag, or a single query over a cache, is exact: its flag aligns top-left otherwise.
+
+        is_given: positions are the caller's, not slots. Those of cached keys then count on, over tokens that are not padding.
+        """
+        if attention_mask is not None and attention_mask.ndim == 4:
+            return attention_mask
+        is_padded, end = attention_mask is not None and not bool(attention_mask.all()), past + positions.shape[1]
+        window = self.config.attention_frames
+        sees_all = not window or (end <= (window + self.config.sink_frames) * self.layout.tokens_per_frame and not is_given)
+        if not is_padded and sees_all and (past == 0 or positions.shape[1] == 1):
             return None
-        queries = torch.arange(past, past + positions.shape[1], device=positions.device).expand(positions.shape)
-        keys = torch.arange(past + positions.shape[1], device=positions.device).expand(positions.shape[0], -1)
-        mask = build_mask(causal, queries, keys)
+        if not is_padded and not is_given:
+            # All rows are alike.
+            positions = positions[:1]
+        slots = torch.arange(end, device=positions.device).expand(positions.shape[0], -1)
+        if sees_all:
+            mask = build_mask(causal, slots[:, past:], slots)
+        else:
+            counted = attention_mask.long().cumsum(dim=1) - 1 if is_padded and is_given and attention_mask is not None else slots
+            earlier = counted[:, :past] + positions[:, :1] - counted[:, past : past + 1]
+            mask = build_mask(rule_of(self.config), positions, torch.cat([earlier, positions], dim=1))
         if is_padded and attention_mask is not None:
             # A row that may attend nothing would be NaN: every token keeps itself.
-            mask = (mask & attention_mask[:, None, None, :].bool()) | build_mask(torch.eq, queries, keys)
+            mask = (mask & attention_mask[:, None, None, :].bool()) | build_mask(torch.eq, slots[:, past:], slots)
         return mask
 
 
@@ -208,9 +257,18 @@ class VidGPTForCausalLM(VidGPTPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states)
         return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Continue sequences with transformers' generate; needs vidgpt.sampling.LayoutLogitsProcessor.
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
+        *args: Any,
+        actions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue whole sequences (B, L) from position 0 with transformers' generate, which then writes only legal ids.
 
+        actions: (B, t) up to the last frame to write, exactly where the model knows actions. See vidgpt.generation.
         Raises ValueError for digits=parallel, whose logits are no distribution over ids.
         """
         if self.model.layout.is_parallel:
@@ -218,4 +276,7 @@ class VidGPTForCausalLM(VidGPTPreTrainedModel, GenerationMixin):
                 "generate draws one id from one distribution, but a model of digits=parallel predicts several digits at once: "
                 "use Predictor or vidgpt.rollout.stream_tokens, or train with model.digits=slots"
             )
-        return super().generate(*args, **kwargs)
+        processors = LogitsProcessorList(logits_processor or ())
+        if not any(isinstance(processor, LayoutLogitsProcessor) for processor in processors):
+            processors.append(LayoutLogitsProcessor(self.model.layout, actions))
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)

@@ -11,7 +11,9 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidgpt.decoding import PLANS
+from vidgpt.decoding import DecodingOptions
+from vidgpt.decoding.stream import LongOptions
+from vidgpt.decoding.work import Work
 from vidgpt.inputs import Context, read_actions, read_context
 from vidgpt.options import PredictOptions
 from vidgpt.report import strip_image
@@ -35,24 +37,40 @@ def predict_file(options: PredictOptions) -> dict[str, object]:
     folder = OutputFolder(Path(options.output), RECORD_FILE, _OURS)
     folder.check(_file_names(options), input=options.input)
     sampling = SamplingOptions(**asdict(options.sampling))
+    decoding, long = DecodingOptions.from_keys(options), LongOptions(**asdict(options.long))
     predictor = Predictor.from_pretrained(
-        options.checkpoint, allow_torchscript=options.allow_torchscript, decoder=options.decoder
+        options.checkpoint,
+        allow_torchscript=options.allow_torchscript,
+        decoder=options.decoder,
+        dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
+        use_compile=options.compile,
     )
     check_decoder(predictor.tokenizer)
-    predictor.check_window(options.context, options.future)
+    predictor.check_window(options.context, options.future, decoding, long)
     history = predictor.history_frames
     context = read_context(options.input, predictor.card, options.context, options.future, options.start, history)
     print(context.note)
     actions = _actions(options, predictor, context)
     encoded = predictor.encode_after(torch.cat([context.history, context.video], dim=2), context.history.shape[2])
-    past, tokens = (predictor.samples(part, options.samples) for part in encoded)
+    steps, work = predictor.latent_frames(options.future), Work()
     started = time.monotonic()
-    stream = predictor.stream(tokens, predictor.latent_frames(options.future), options.seed, sampling, options.decoding, actions)
-    steps = predictor.latent_frames(options.future)
+    stream = predictor.stream(
+        encoded[1],
+        steps,
+        options.seed,
+        sampling,
+        decoding,
+        actions,
+        samples=options.samples,
+        long=long,
+        guidance=options.guidance,
+        work=work,
+    )
     future = torch.stack(list(track(stream, description="predicting frames", total=steps, transient=True)), dim=1)
     seconds = time.monotonic() - started
+    past, tokens = (predictor.samples(part, options.samples) for part in encoded)
     video = predictor.show(torch.cat([past, tokens], dim=1), future, options.future).cpu()
-    record = folder.replace(_file_names(options), _record(options, predictor, context, seconds))
+    record = folder.replace(_file_names(options), _record(options, predictor, context, seconds, work))
     output = folder.path
     _write(output, options, predictor.card.fps, context, video)
     # A part of no tokens is no history, but the start of a video.
@@ -93,7 +111,7 @@ def _actions(options: PredictOptions, predictor: Predictor, context: Context) ->
         raise ValueError(
             f"actions {options.actions} has {actions.shape[1]} entries, context and future need {needed}: give one a latent frame"
         )
-    return actions.expand(options.samples, -1)
+    return actions
 
 
 def _write(output: Path, options: PredictOptions, fps: float, context: Context, video: Tensor) -> None:
@@ -111,8 +129,7 @@ def _write(output: Path, options: PredictOptions, fps: float, context: Context, 
     write_png(output / "strip.png", strip_image(rows, given))
 
 
-def _record(options: PredictOptions, predictor: Predictor, context: Context, seconds: float) -> dict[str, object]:
-    future = predictor.latent_frames(options.future)
+def _record(options: PredictOptions, predictor: Predictor, context: Context, seconds: float, work: Work) -> dict[str, object]:
     return {
         **asdict(options),
         "context_frames_used": context.video.shape[2],
@@ -123,6 +140,8 @@ def _record(options: PredictOptions, predictor: Predictor, context: Context, sec
         "tokenizer_fingerprint": predictor.card.tokenizer_fingerprint,
         "decoding_seconds": round(seconds, 3),
         "frames_per_second": round(options.future * options.samples / max(seconds, 1e-9), 3),
-        "forward_passes_per_frame": future * PLANS[options.decoding].passes_per_frame(predictor.layout) / options.future,
+        "forward_passes_per_frame": (work.forward_passes - work.prefills) / options.future,
+        "prefills": work.prefills,
+        "drafts_accepted_fraction": work.accepted / work.drafted if work.drafted else None,
         "torch_version": torch.__version__,
     }

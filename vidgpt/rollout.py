@@ -1,6 +1,8 @@
 """Predictor: frames in, frames out. It joins tokenizer, transformer and a decoding plan; all state lives in one call."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -8,22 +10,41 @@ from einops import repeat
 from torch import Tensor
 
 from vidgpt.config import VidGPTConfig
-from vidgpt.decoding import PLANS
+from vidgpt.decoding import DecodingOptions
+from vidgpt.decoding.stream import LongOptions, check_future, check_guidance, stream_tokens
+from vidgpt.decoding.work import Work
+from vidgpt.fused import FusedModel
 from vidgpt.model import VidGPTForCausalLM
-from vidgpt.sampling import SamplingOptions, generators
+from vidgpt.sampling import SamplingOptions
 from vidtok.card import Card
 from vidtok.folders import load_model, model_folder
 from vidtok.run.processes import in_precision
-from vidtok.tokenizer import Tokenizer, check_decoder, load_tokenizer
+from vidtok.tokenizer import Tokenizer, check_decoder, decode_stream, load_tokenizer
 from vidtok.video import check_video
 
 
 class Predictor:
-    """A tokenizer and a transformer that belong together."""
+    """A tokenizer and a transformer that belong together.
 
-    def __init__(self, model: VidGPTForCausalLM, tokenizer: Tokenizer, card: Card) -> None:
+    dtype, use_compile: of the transformer's copy that decodes; see FusedModel.
+    """
+
+    def __init__(
+        self,
+        model: VidGPTForCausalLM,
+        tokenizer: Tokenizer,
+        card: Card,
+        dtype: torch.dtype | None = None,
+        use_compile: bool = False,
+    ) -> None:
         self.model, self.tokenizer, self.card = model.eval(), tokenizer, card
         self.layout = model.model.layout
+        self.dtype, self.use_compile = dtype, use_compile
+
+    @cached_property
+    def fused(self) -> FusedModel:
+        """The transformer as decoding reads it: a copy, made once, of the weights as they then are."""
+        return FusedModel(self.model, self.dtype, self.use_compile)
 
     @classmethod
     def from_pretrained(
@@ -32,6 +53,8 @@ class Predictor:
         device: str | None = None,
         allow_torchscript: bool = False,
         decoder: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        use_compile: bool = False,
     ) -> "Predictor":
         """Load a run folder or model folder, onto CUDA when there is one.
 
@@ -57,7 +80,7 @@ class Predictor:
         keys = ("codebook_size", "codebook_factors", "first_frames", "stride_t", "stride_s")
         _check_fields(card, own, keys, f"{source} has", str(folder))
         target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(target), own.to(target), card)
+        return cls(model.to(target), own.to(target), card, dtype, use_compile)
 
     @property
     def device(self) -> torch.device:
@@ -74,11 +97,14 @@ class Predictor:
         is_cut = card.frames > card.rows * card.frames_of(self.model.config.window)
         return self.tokenizer.history_frames if is_cut else 0
 
-    def check_window(self, context: int, future: int) -> None:
-        """Raise ValueError when a context and a future, in pixel frames, exceed the window."""
-        card = self.card
+    def check_window(
+        self, context: int, future: int, decoding: DecodingOptions | None = None, long: LongOptions | None = None
+    ) -> None:
+        """Raise ValueError when a context and a future, in pixel frames, exceed what the model can do."""
+        card, config = self.card, self.model.config
         given = card.frames_of(max(1, card.latent_frames_in(context)))
-        _check_window(given, future, card.frames_of(self.model.config.window))
+        window = card.frames_of(config.window)
+        check_future(config, [given], future, decoding or DecodingOptions(), long or LongOptions(), window)
 
     def latent_frames(self, frames: int) -> int:
         """Give the latent frames that hold at least `frames` pixel frames of a future."""
@@ -87,44 +113,90 @@ class Predictor:
     @torch.no_grad()
     def predict(
         self,
+        video: Tensor | Sequence[Tensor],
+        future: int,
+        seed: int = 0,
+        options: SamplingOptions | None = None,
+        decoding: str | DecodingOptions = "raster",
+        actions: Tensor | Sequence[Tensor] | None = None,
+        first_sequence: int = 0,
+        history: int = 0,
+        samples: int = 1,
+        long: LongOptions | None = None,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """Predict the next frames, greedily by default.
+
+        video: (B, 3, T, H, W) in [-1, 1] at the card's frame size, T = history + first_frames + k * stride_t of the card, first_frames
+        being 1 for our own tokenizers; or B clips (3, T, H, W) of different lengths. Gives (B * samples, 3, future, H, W) in [-1, 1],
+        the samples of a clip one after the other.
+        history: so many first frames, k * stride_t, are not context but the past it is encoded and shown with, as inside a longer
+        video; history_frames of them are enough, where the video has them.
+        actions: (B, latent frames of context and future) where the model knows actions. first_sequence: number of the first sample, so
+        that sample i of a batch is drawn as it would be alone with first_sequence=i. long, guidance: see vidgpt.decoding.stream.
+        Raises ValueError, before any work, for another video, a context and future that exceed the window, an unknown plan, wrong
+        actions, and a tokenizer without a decoder.
+        """
+        groups, rows = _groups(video, actions)
+        for group, own in zip(groups, rows, strict=True):
+            self._check_request(group, future, decoding, own, history, long, guidance)
+        encoded = [self.encode_after(group, history) for group in groups]
+        context = [clip for _, clips in encoded for clip in clips]
+        steps = self.latent_frames(future)
+        stream = self.stream(context, steps, seed, options, decoding, actions, first_sequence, samples, long, guidance)
+        drawn = torch.stack(list(stream), dim=1).split([len(group) * samples for group in groups])
+        given = [self.samples(torch.cat(parts, dim=1), samples) for parts in encoded]
+        return torch.cat([self.show(before, after, future) for before, after in zip(given, drawn, strict=True)])
+
+    @torch.no_grad()
+    def stream_frames(
+        self,
         video: Tensor,
         future: int,
         seed: int = 0,
         options: SamplingOptions | None = None,
-        decoding: str = "raster",
+        decoding: str | DecodingOptions = "raster",
         actions: Tensor | None = None,
         first_sequence: int = 0,
         history: int = 0,
-    ) -> Tensor:
-        """Predict the next frames.
+        samples: int = 1,
+        long: LongOptions | None = None,
+        guidance: float = 1.0,
+    ) -> Iterator[Tensor]:
+        """Yield the frames that predict() gives, (B * samples, 3, n, H, W), as soon as they are known; memory does not grow with them.
 
-        video: (B, 3, T, H, W) in [-1, 1] at the card's frame size, T = history + first_frames + k * stride_t of the card, first_frames
-        being 1 for our own tokenizers. Gives (B, 3, future, H, W) in [-1, 1].
-        history: so many first frames, k * stride_t, are not context but the past it is encoded and shown with, as inside a longer
-        video; history_frames of them are enough, where the video has them.
-        actions: (B, latent frames of context and future) where the model knows actions. first_sequence: number of the first clip, so
-        that clip i of a batch is drawn as it would be alone with first_sequence=i. Raises ValueError, before any work, for another
-        video, a context and future that exceed the window, an unknown plan, wrong actions, and a tokenizer without a decoder.
+        Closing the iterator ends the work. Tokenizers that decode whole clips alone yield all at the end.
         """
-        self._check_request(video, future, decoding, actions, history)
+        self._check_request(video, future, decoding, actions, history, long, guidance)
         past, context = self.encode_after(video, history)
+        given = torch.cat([past, context], dim=1)
         steps = self.latent_frames(future)
-        indices = torch.stack(list(self.stream(context, steps, seed, options, decoding, actions, first_sequence)), dim=1)
-        return self.show(torch.cat([past, context], dim=1), indices, future)
+        stream = self.stream(context, steps, seed, options, decoding, actions, first_sequence, samples, long, guidance)
+        latents = chain([self.samples(given, samples)], (frame[:, None] for frame in stream))
+        card, before, left = self.card, self.card.frames_of(given.shape[1]), future
+        for part in decode_stream(self.tokenizer, latents):
+            shown = part[:, :, before : before + left, : card.frame_height, : card.frame_width]
+            before, left = max(0, before - part.shape[2]), left - shown.shape[2]
+            if shown.shape[2]:
+                yield shown
 
     def stream(
         self,
-        context: Tensor,
+        context: Tensor | Sequence[Tensor],
         future: int,
         seed: int = 0,
         options: SamplingOptions | None = None,
-        decoding: str = "raster",
-        actions: Tensor | None = None,
+        decoding: str | DecodingOptions = "raster",
+        actions: Tensor | Sequence[Tensor] | None = None,
         first_sequence: int = 0,
+        samples: int = 1,
+        long: LongOptions | None = None,
+        guidance: float = 1.0,
+        work: Work | None = None,
     ) -> Iterator[Tensor]:
-        """Yield `future` latent frames (B, h, w) after the indices `context` (B, t, h, w), each as it is ready; see stream_tokens."""
+        """Yield `future` latent frames (B * samples, h, w) after the indices `context`, each as it is ready; see stream_tokens."""
         return stream_tokens(
-            self.model,
+            self.fused,
             context,
             future,
             seed=seed,
@@ -132,6 +204,10 @@ class Predictor:
             decoding=decoding,
             actions=actions,
             first_sequence=first_sequence,
+            samples=samples,
+            long=long,
+            guidance=guidance,
+            work=work,
         )
 
     def encode(self, video: Tensor) -> Tensor:
@@ -159,7 +235,16 @@ class Predictor:
         """Repeat every clip `samples` times, clip-major."""
         return repeat(context, "b ... -> (b s) ...", s=samples)
 
-    def _check_request(self, video: Tensor, future: int, decoding: str, actions: Tensor | None, history: int) -> None:
+    def _check_request(
+        self,
+        video: Tensor,
+        future: int,
+        decoding: str | DecodingOptions,
+        actions: Tensor | None,
+        history: int,
+        long: LongOptions | None,
+        guidance: float,
+    ) -> None:
         """Raise ValueError for what would otherwise show only after the work is done, or not at all."""
         check_decoder(self.tokenizer)
         check_video(video)
@@ -179,10 +264,22 @@ class Predictor:
             raise ValueError(
                 f"a context of {frames} frames ends inside a latent frame: use {' or '.join(map(str, whole))} frames"
             )
-        self.check_window(frames, future)
-        _check_plan(decoding)
+        self.check_window(frames, future, DecodingOptions(decoding) if isinstance(decoding, str) else decoding, long)
+        check_guidance(self.layout, guidance)
         # Leads are made of actions, and refuse wrong ones.
         self.layout.leads(card.latent_frames_in(frames) + self.latent_frames(future), len(video), actions)
+
+
+def _groups(
+    video: Tensor | Sequence[Tensor], actions: Tensor | Sequence[Tensor] | None
+) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+    """Give clips of one length each as a batch (B, 3, T, H, W) with its actions."""
+    if isinstance(video, Tensor):
+        assert actions is None or isinstance(actions, Tensor)
+        return [video], [actions]
+    if actions is not None and len(actions) != len(video):
+        raise ValueError(f"actions of {len(actions)} clips came for {len(video)} clips: give one row of actions a clip")
+    return [clip[None] for clip in video], [None] * len(video) if actions is None else [row[None] for row in actions]
 
 
 def check_model(card: Card, config: VidGPTConfig, name: str) -> None:
@@ -197,44 +294,3 @@ def _check_fields(card: Card, sizes: object, keys: Sequence[str], owner: str, na
         ours, theirs = getattr(sizes, key), getattr(card, key)
         if ours != theirs:
             raise ValueError(f"{name} has {key}={theirs} in its card.json, but {owner} {key}={ours}: copy or train it again")
-
-
-def stream_tokens(
-    model: VidGPTForCausalLM,
-    context: Tensor,
-    future: int,
-    *,
-    seed: int = 0,
-    options: SamplingOptions | None = None,
-    decoding: str = "raster",
-    actions: Tensor | None = None,
-    first_sequence: int = 0,
-) -> Iterator[Tensor]:
-    """Yield `future` latent frames (B, h, w) after the indices `context` (B, t, h, w), each as it is ready; greedy by default.
-
-    Row i draws from the generator (seed, first_sequence + i), whatever its neighbours. actions: (B, t + future) exactly
-    where the model was trained with actions. Raises ValueError past the window, for an unknown plan and for wrong actions.
-    """
-    _check_plan(decoding)
-    batch, frames = context.shape[:2]
-    _check_window(frames, future, model.config.window)
-    layout = model.model.layout
-    leads = layout.leads(frames + future, batch, actions).to(model.device)
-    prefix = layout.flatten(context.to(model.device), None if actions is None else actions[:, :frames])
-    random = generators(seed, batch, model.device, first=first_sequence)
-    return PLANS[decoding].decode(model, prefix, leads[:, frames:], options or SamplingOptions(temperature=0.0), random)
-
-
-def _check_plan(decoding: str) -> None:
-    if decoding not in PLANS:
-        raise ValueError(f"decoding={decoding!r} is not one of {', '.join(PLANS)}: choose one of these")
-
-
-def _check_window(frames: int, future: int, window: int) -> None:
-    if frames < 1 or future < 1:
-        raise ValueError(f"context of {frames} and future of {future} frames: both must be 1 or more")
-    if frames + future > window:
-        raise ValueError(
-            f"context of {frames} and future of {future} frames exceed the window of {window} frames this model was trained with: "
-            f"use context + future <= {window}, or train with a larger model.window"
-        )

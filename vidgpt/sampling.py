@@ -6,18 +6,17 @@ Where an id has several digits, each is a draw of its own with the same options.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor
-from transformers import LogitsProcessor
 
+from vidgpt.generation import MINUS_INFINITY, LayoutLogitsProcessor
 from vidgpt.layout import TokenLayout
+from vidgpt.noise import exponential_noise
 
-MINUS_INFINITY = float("-inf")
+__all__ = ["LayoutLogitsProcessor", "Sampler", "SamplingOptions", "accept_or_resample", "filter_logits", "sample"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class SamplingOptions:
     top_k: int = 0  # keep the k likeliest ids; 0 is off
     top_p: float = 1.0  # keep the fewest ids that together reach this probability; 1 is off
     min_p: float = 0.0  # keep ids at least this likely relative to the likeliest; 0 is off
+    frame_factor: float = 1.0  # multiplies the temperature with every frame drawn: below 1 a long rollout grows calmer
 
     def __post_init__(self) -> None:
         """Raise ValueError on a value outside its range."""
@@ -39,26 +39,13 @@ class SamplingOptions:
             raise ValueError(f"got top_p {self.top_p}; it must be above 0 and at most 1: use 1 to keep every id")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"got min_p {self.min_p}; it must be from 0 to 1: use 0 to keep every id")
+        if not 0 < self.frame_factor <= 2:
+            raise ValueError(f"got frame_factor {self.frame_factor}; it must be above 0 and at most 2: use 1 for one temperature")
 
     @property
     def is_greedy(self) -> bool:
         """Tell whether the likeliest id is taken, without any randomness."""
         return self.temperature == 0
-
-
-def generators(seed: int, count: int, device: torch.device | str = "cpu", first: int = 0) -> list[torch.Generator]:
-    """Make the generators of sequences first .. first + count - 1.
-
-    The state of each is a pure function of (seed, sequence number), so how sequences are batched changes no sample.
-    """
-    made = []
-    for number in range(first, first + count):
-        generator = torch.Generator(device=device)
-        # Hashed, because CPU generators use 32 bits and sums such as seed + number would collide between runs.
-        digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
-        generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-        made.append(generator)
-    return made
 
 
 def filter_logits(logits: Tensor, options: SamplingOptions, legal: Tensor | None = None) -> Tensor:
@@ -99,64 +86,71 @@ def _keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(excluded, MINUS_INFINITY)
 
 
-def sample(logits: Tensor, options: SamplingOptions, generators: list[torch.Generator], legal: Tensor | None = None) -> Tensor:
-    """Draw one id for every row of logits (B, V) or (B, ..., V); gives int64 (B,) or (B, ...).
+def sample(logits: Tensor, options: SamplingOptions, noise: Tensor | None = None, legal: Tensor | None = None) -> Tensor:
+    """Draw one id for every row of logits (..., V); gives int64 (...).
 
-    generators: one a sequence, so row i equals row i drawn alone in any batch; unused at temperature 0. Raises ValueError when
-    their number is not B. An exponential race picks the id: the argmax of p / e with e ~ Exp(1) has probability p, an id of
-    probability 0 never wins, and logits that differ by rounding give the same id but for near ties.
+    noise: Exp(1), of the shape of logits (vidgpt.noise), unused at temperature 0. Raises ValueError where it is missing otherwise.
+    An exponential race picks the id: the argmax of p / e with e ~ Exp(1) has probability p, an id of probability 0 never wins, and
+    logits that differ by rounding give the same id but for near ties.
     """
     if options.is_greedy:
-        return filter_logits(logits, options, legal).argmax(-1)
-    if len(generators) != len(logits):
+        return (logits if legal is None else logits.masked_fill(~legal, MINUS_INFINITY)).argmax(-1)
+    if noise is None or noise.shape != logits.shape:
+        came = "none" if noise is None else f"noise of shape {tuple(noise.shape)}"
         raise ValueError(
-            f"got {len(generators)} generators for {len(logits)} sequences; each needs its own: make them with generators()"
+            f"logits of shape {tuple(logits.shape)} need a number for every id, and {came} came: use exponential_noise()"
         )
-    log_probabilities = filter_logits(logits, options, legal)
-    noise = torch.stack(
-        [
-            torch.empty(row.shape, device=generator.device).exponential_(generator=generator)
-            for row, generator in zip(log_probabilities, generators, strict=True)
-        ]
-    )
-    # A draw of exactly 0 would turn an excluded id's -inf into NaN, which argmax prefers.
-    noise = noise.to(logits.device).clamp(min=torch.finfo(noise.dtype).tiny)
-    return (log_probabilities - noise.log()).argmax(-1)
+    return (filter_logits(logits, options, legal) - noise.log()).argmax(-1)
 
 
-class LayoutLogitsProcessor(LogitsProcessor):
-    """Let transformers' generate write only legal sequences: values of the digit due in frames, the one given id in a lead slot.
+def accept_or_resample(
+    drafts: Tensor, wanted: Tensor, drawn_from: Tensor, uniform: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Turn ids drawn from one distribution into ids of another; gives ids (...) and which drafts were kept (...).
 
-    Prompts start at position 0 of the layout and hold no padding. With num_return_sequences or beams, rows of one prompt follow
-    each other, as generate has them.
+    drafts: (...), of the distributions drawn_from (..., V). wanted: (..., V), probabilities too, after all filters. uniform: (...) in
+    (0, 1), and noise: Exp(1) (..., V), independent of each other and of the drafts. A draft is kept with probability
+    min(1, wanted / drawn_from); in its place comes a draw from what of `wanted` lies above `drawn_from`. Source: arXiv:2211.17192.
+
+    This is the textbook rule, for drafts of a true distribution. Decoding does not use it: its guesses are certain, and it keeps one
+    exactly where `sample` draws the same id, which is as probable as here (`wanted` at the guess) and gives plain decoding's very ids.
+    """
+    ours, theirs = (odds.gather(-1, drafts[..., None])[..., 0] for odds in (wanted, drawn_from))
+    is_kept = uniform * theirs < ours
+    above = (wanted - drawn_from).clamp(min=0)
+    # Equal but for rounding: nothing lies above, and a draft that is refused by a hair is drawn again.
+    above = torch.where(above.sum(-1, keepdim=True) > 0, above, wanted)
+    return torch.where(is_kept, drafts, (above / noise).argmax(-1)), is_kept
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws input ids for places of a layout; a draw depends on its logits, sequence and position alone.
+
+    keys: (B,) of vidgpt.noise.sequence_keys. first_frames: (B, 1), the frame of each sequence that is drawn first, for frame_factor.
     """
 
-    def __init__(self, layout: TokenLayout, actions: Tensor | None = None) -> None:
-        """Take actions (B, t) up to the last frame to write, or None where leads are separators."""
-        self.layout = layout
-        self.actions = actions
+    layout: TokenLayout
+    options: SamplingOptions
+    keys: Tensor
+    first_frames: Tensor | int = field(default=0, kw_only=True)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Mask scores (B, V) of the slot after input_ids (B, L); a forced lead scores 0. Raises ValueError past the actions."""
-        slot = torch.tensor(input_ids.shape[1])
-        ids = repeat(torch.arange(scores.shape[-1], device=scores.device), "V -> B V", B=len(scores))
-        if not self.layout.is_lead(slot):
-            digit = self.layout.due_digits(int(slot) % self.layout.tokens_per_frame - 1)[0]
-            start, end = self.layout.spans[digit]
-            return scores.masked_fill((ids < start) | (ids >= end), MINUS_INFINITY)
-        lead = self._lead_ids(int(self.layout.coordinates(slot)[0]), len(scores)).to(scores.device)
-        is_lead = ids == rearrange(lead, "B -> B 1")
-        # A constant, not the model's score: a lead is never predicted, and its score may be anything, NaN and -inf included.
-        return torch.zeros_like(scores).masked_fill(~is_lead, MINUS_INFINITY)
+    def draw(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """Give input ids (B, n) for picture slots at positions (B, n), from the logits (B, n, num_logits) that predict them."""
+        layout, factor = self.layout, self.options.frame_factor
+        if factor != 1:
+            drawn = positions // layout.tokens_per_frame - self.first_frames
+            # Bounded, because a rollout without end would reach 0 or infinity.
+            logits = logits / (factor ** drawn.double()).clamp(1e-2, 1e2).to(logits.dtype)[..., None]
+        if layout.slots_per_place > 1:
+            legal = layout.legal_ids(positions)
+            return sample(logits, self.options, self._noise(positions, logits.shape[-1], 0), legal)
+        # Cut off before any filter sees them: leads are never drawn.
+        parts = [
+            sample(logits[..., start:end], self.options, self._noise(positions, end - start, digit))
+            for digit, (start, end) in enumerate(layout.spans)
+        ]
+        return layout.token(parts, 0)
 
-    def _lead_ids(self, frame: int, rows: int) -> Tensor:
-        """Give the lead (rows,) of one frame."""
-        actions = self.actions
-        if actions is not None and self.layout.num_actions:
-            if frame >= actions.shape[1] or rows % len(actions):
-                raise ValueError(
-                    f"got actions of shape {tuple(actions.shape)} for frame {frame} of {rows} sequences; "
-                    "every frame of every sequence needs one: pass (B, t) up to the last frame"
-                )
-            actions = repeat(actions[:, : frame + 1], "B t -> (B copies) t", copies=rows // len(actions))
-        return self.layout.leads(frame + 1, rows, actions)[:, frame]
+    def _noise(self, positions: Tensor, size: int, digit: int) -> Tensor | None:
+        return None if self.options.is_greedy else exponential_noise(self.keys, positions, size, digit)

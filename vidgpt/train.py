@@ -13,6 +13,7 @@ from vidtok.schema import build_options
     "vidgpt-train tokens=runs/tokens model=tiny run_dir=runs/gpt max_minutes=60",
     TrainGPTOptions,
     register_schemas,
+    decided_by={"model": "init_from"},
 )
 def main(config: dict[str, Any]) -> None:
     """Run the command."""

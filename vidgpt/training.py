@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidgpt.config import DEFAULT_WINDOW, VidGPTConfig
+from vidgpt.augmentation import corrupt_tokens, drop_actions
+from vidgpt.config import VidGPTConfig
 from vidgpt.counts import TokenCounts
+from vidgpt.diagonal_training import diagonal_batch, is_diagonal_step
 from vidgpt.evaluation import teacher_forced_scores
-from vidgpt.layout import TokenLayout
+from vidgpt.finetuning import build_gpt
+from vidgpt.layout import IGNORED, TokenLayout
+from vidgpt.loss import place_cross_entropy
 from vidgpt.metrics import Baselines, TokenMeter, changed_tokens
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.options import TrainGPTOptions
@@ -27,23 +31,25 @@ from vidtok.tokens import TokenDataset, longest_row
 def train_gpt(options: TrainGPTOptions, model: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
     """Train a transformer into options.run_dir, or continue the run that lies there; gives the run folder.
 
-    model: values of the group; config: all of it, kept as config.yaml.
+    model: values of the group, with init_from only those that the user chose; config: all of it, kept as config.yaml.
     """
     card = Card.load(options.tokens)
-    model_config = config_for(card, _with_window(options, model), options.use_actions)
-    layout = TokenLayout.from_config(model_config)
-    with Runner(options, config, name="vidgpt-train", best="validation_loss") as runner:
+    with Runner(options, config, name="vidgpt-train", best=_deciding(options)) as runner:
         runner.check_data("tokens", f"{card.tokenizer_fingerprint} of {card.data_name} {card.manifest_hash}")
+        gpt = build_gpt(runner, options, card, model)
+        model_config, layout = gpt.config, gpt.model.layout
         clips = TokenDataset(options.tokens, "train", model_config.window)
         held_out = _held_out(runner, options, model_config)
-        network: nn.Module = VidGPTForCausalLM(model_config)
-        network, optimizer = runner.prepare(network, build_optimizer(network, options))
+        network, optimizer = runner.prepare(gpt, build_optimizer(gpt, options))
         if not runner.is_finished:
             _report(runner, network, optimizer, layout, model_config, options, clips, held_out)
 
         def compute_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             input_ids = layout.flatten(batch["indices"], batch["actions"] if options.use_actions else None)
-            return model(input_ids, labels=layout.labels(input_ids)).loss, {}
+            labels, read = layout.labels(input_ids), _augmented(layout, input_ids, options)
+            if not is_diagonal_step(options.seed, runner.step + 1, options.diagonal_share):
+                return model(read, labels=labels).loss, {}
+            return model(**vars(diagonal_batch(model_config, read, labels, *_plan(options)))).loss, {}
 
         def evaluate() -> dict[str, float]:
             return evaluate_gpt(runner, runner.unwrap(network), layout, held_out, options)
@@ -59,26 +65,20 @@ def train_gpt(options: TrainGPTOptions, model: Mapping[str, Any], config: Mappin
     return Path(options.run_dir)
 
 
-def config_for(card: Card, model: Mapping[str, Any], use_actions: bool = False) -> VidGPTConfig:
-    """Join a preset with what the tokens' card decides. Raises ValueError for actions that were not recorded."""
-    if use_actions and not card.num_actions:
-        raise ValueError(
-            "use_actions=true, but these tokens carry no actions: encode data that records them, or set use_actions=false"
-        )
-    return VidGPTConfig(
-        **{**model, "factors": model.get("factors") or card.codebook_factors or None},
-        codebook_size=card.codebook_size,
-        grid_height=card.grid_height,
-        grid_width=card.grid_width,
-        num_actions=card.num_actions if use_actions else 0,
-    )
+def _augmented(layout: TokenLayout, input_ids: Tensor, options: TrainGPTOptions) -> Tensor:
+    """Give what is read of input_ids (B, L). The runner seeds every step, so the draws of a resumed run are those of a straight one."""
+    if options.token_corruption:
+        input_ids = corrupt_tokens(layout, input_ids, options.token_corruption)
+    if options.action_dropout:
+        input_ids = drop_actions(layout, input_ids, options.action_dropout)
+    return input_ids
 
 
 @torch.no_grad()
 def evaluate_gpt(
     runner: Runner, model: nn.Module, layout: TokenLayout, clips: TokenDataset | None, options: TrainGPTOptions
 ) -> dict[str, float]:
-    """Give the teacher-forced loss (nats a token) and accuracies over held-out clips."""
+    """Give the teacher-forced loss (nats a token) and accuracies over held-out clips; where diagonal steps are trained, their loss too."""
     assert clips is not None
     meter = TokenMeter((layout.height, layout.width), layout.num_digits)
     for batch in runner.evaluation_batches(clips, options.evaluation_clips):
@@ -92,7 +92,38 @@ def evaluate_gpt(
         "validation_top1_accuracy_fraction": "top1_accuracy_fraction",
         "validation_top1_accuracy_on_changed_tokens_fraction": "top1_accuracy_on_changed_tokens_fraction",
     }
-    return {name: float(value) for name, key in names.items() if (value := figures[key]) is not None}
+    found = {name: float(value) for name, key in names.items() if (value := figures[key]) is not None}
+    if options.diagonal_share:
+        share, found["validation_diagonal_loss"] = options.diagonal_share, _diagonal_loss(runner, model, layout, clips, options)
+        found[_deciding(options)] = (1 - share) * found["validation_loss"] + share * found["validation_diagonal_loss"]
+    return found
+
+
+def _deciding(options: TrainGPTOptions) -> str:
+    """Name the figure that picks model/: the loss of what the steps train, mixed as they are."""
+    return "validation_mixed_loss" if options.diagonal_share else "validation_loss"
+
+
+def _diagonal_loss(runner: Runner, model: nn.Module, layout: TokenLayout, clips: TokenDataset, options: TrainGPTOptions) -> float:
+    """Give the loss of what validation_loss counts too, every token given only what diagonal decoding has drawn before it."""
+    assert isinstance(model, VidGPTForCausalLM)
+    total, count = 0.0, 0
+    # Leads are no candidates, as in validation_loss.
+    head = model.lm_head.weight[: sum(layout.factors)]
+    for batch in runner.evaluation_batches(clips, options.evaluation_clips):
+        input_ids = layout.flatten(batch["indices"], batch["actions"] if options.use_actions else None)
+        labels = layout.labels(input_ids)
+        labels[:, : layout.tokens_per_frame] = IGNORED
+        with runner.autocast():
+            laid_out = diagonal_batch(model.config, input_ids, labels, *_plan(options))
+            read = model.model(laid_out.input_ids, laid_out.attention_mask, laid_out.position_ids).last_hidden_state
+            loss = place_cross_entropy(read, head, laid_out.labels, layout, model.config.loss_chunk)
+        total, count = total + float(loss) * len(input_ids), count + len(input_ids)
+    return total / count
+
+
+def _plan(options: TrainGPTOptions) -> tuple[int, int]:
+    return options.diagonal_window, options.diagonal_delay
 
 
 def _add_tokenizer(target: Path, former: Path, source: Path) -> None:
@@ -109,22 +140,6 @@ def _link(source: str, target: str) -> None:
     except OSError:
         # A disk without hard links.
         shutil.copyfile(source, target)
-
-
-def _with_window(options: TrainGPTOptions, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose the window where the user did not. Raises ValueError for one that no clip fills."""
-    longest = longest_row(options.tokens, "train")
-    if longest < 2:
-        raise ValueError(
-            f"the training clips of {options.tokens} have one latent frame, and nothing to predict: encode longer clips"
-        )
-    window = model.get("window") or min(DEFAULT_WINDOW, longest)
-    if window > longest:
-        raise ValueError(
-            f"model.window={window} latent frames, but the longest training clip of {options.tokens} has {longest}: "
-            f"use model.window={longest} or less, or encode longer clips"
-        )
-    return {**model, "window": window}
 
 
 def _held_out(runner: Runner, options: TrainGPTOptions, config: VidGPTConfig) -> TokenDataset | None:

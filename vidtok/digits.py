@@ -1,6 +1,7 @@
 """One integer a place and its digits: how an id over several codebooks, or over the levels of one, is packed.
 
 Little-endian: id = d0 + f0 * (d1 + f1 * (d2 + ...)), so digit 0 is the first FSQ level or the coarsest residual codebook.
+Travels with exported transformers (vidgpt.exporting), so it imports torch alone.
 """
 
 import math

@@ -10,8 +10,8 @@ import torch
 
 from tests.conftest import check_page
 from vidgpt.evaluate import main
+from vidgpt.finetuning import config_for
 from vidgpt.model import VidGPTForCausalLM
-from vidgpt.training import config_for
 from vidtok.card import Card
 from vidtok.folders import save_model
 from vidtok.tokens import TokenRow, TokenWriter

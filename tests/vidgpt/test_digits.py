@@ -11,16 +11,14 @@ from torch.nn import functional as F
 
 from vidgpt import evaluation
 from vidgpt.cache import SlotCache
-from vidgpt.config import VidGPTConfig
 from vidgpt.counts import TokenCounts
-from vidgpt.decoding import PLANS
+from vidgpt.decoding import DecodingOptions
 from vidgpt.evaluation import evaluate_tokens, teacher_forced_scores
+from vidgpt.fused import FusedModel
 from vidgpt.layout import TokenLayout
-from vidgpt.model import VidGPTForCausalLM
 from vidgpt.rollout import stream_tokens
 from vidgpt.sampling import LayoutLogitsProcessor, SamplingOptions
 from vidtok.digits import join_digits, split_digits
-from vidtok.folders import load_model, save_model
 
 FACTORS = [[5], [4, 3], [8, 8, 8]]
 MODES = [(digits, factors) for digits in ("slots", "parallel") for factors in FACTORS]
@@ -87,7 +85,7 @@ def test_cached_logits_equal_uncached_ones(digits, factors, piece, make_model, m
 def test_embeddings_of_digits_add_up_and_a_lead_has_one(digits, factors, make_model, make_ids) -> None:
     model = make_model(**sizes(digits, factors, num_actions=2))
     layout, input_ids = model.model.layout, make_ids(model)
-    table, embedded = model.model.embed_tokens.weight, model.model._embed(input_ids)
+    table, embedded = model.model.embed_tokens.weight, model.model.embed(input_ids)
     assert table.shape[0] == sum(factors) + 4
     assert torch.equal(embedded[:, 0], table[sum(factors)].expand(2, -1))
     starts = [0, *itertools.accumulate(factors)]
@@ -286,70 +284,8 @@ def test_a_sample_depends_on_its_seed_and_number_alone(digits, factors, make_mod
 
 @every_mode
 def test_a_frame_takes_the_forward_passes_that_the_plan_says(digits, factors, make_model, monkeypatch) -> None:
-    model, passes = make_model(**sizes(digits, factors)), []
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *a, **k: passes.append(1) or forward(*a, **k))
+    model, passes, read = make_model(**sizes(digits, factors)), [], FusedModel.read
+    monkeypatch.setattr(FusedModel, "read", lambda *a, **k: passes.append(1) or read(*a, **k))
     roll_out(model, random_indices(model.model.layout, frames=2), 3)
-    assert len(passes) == 3 * PLANS["raster"].passes_per_frame(model.model.layout)
-    assert len(passes) == 3 * 4 * (len(factors) if digits == "slots" else 1)
-
-
-def test_generate_of_digits_in_parallel_is_one_sentence(make_model, make_ids) -> None:
-    model = make_model(**sizes(*PARALLEL))
-    with pytest.raises(ValueError, match=r"digits=parallel predicts several digits at once: use Predictor"):
-        model.generate(make_ids(model, frames=1), max_new_tokens=2)
-    one_digit = make_model(**sizes("parallel", [5]))
-    assert one_digit.generate(make_ids(one_digit, frames=1), max_new_tokens=2, do_sample=False).shape == (2, 7)
-
-
-@every_mode
-def test_a_saved_model_loads_equal(digits, factors, make_model, make_ids, tmp_path) -> None:
-    model = make_model(**sizes(digits, factors, num_actions=2))
-    save_model(model, tmp_path)
-    again = load_model(VidGPTForCausalLM, tmp_path)
-    assert again.model.layout == model.model.layout
-    assert torch.equal(again(make_ids(model)).logits, model(make_ids(model)).logits)
-
-
-def test_a_checkpoint_from_before_digits_loads(make_model, make_ids, tmp_path) -> None:
-    model = make_model()
-    save_model(model, tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
-    old = {key: value for key, value in values.items() if key not in ("factors", "digits")}
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    again = load_model(VidGPTForCausalLM, tmp_path)
-    assert (again.config.factors, again.lm_head.weight.shape[0]) == ([20], 22)
-    assert torch.equal(again(make_ids(model)).logits, model(make_ids(model)).logits)
-
-
-@every_mode
-def test_one_batch_overfits(digits, factors, make_model, make_ids) -> None:
-    model = make_model(**sizes(digits, factors, initializer_range=0.02)).train()
-    input_ids = make_ids(model)
-    labels = model.model.layout.labels(input_ids)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(80):
-        losses.append(model(input_ids, labels=labels).loss)
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[0].item() == pytest.approx(math.log(math.prod(factors)), rel=0.25)
-    assert losses[-1].item() < 0.2 * losses[0].item()
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"factors": [4, 4]}, r"factors=\[4, 4\] multiply to 16, the tokens have a codebook_size of 12 ids"),
-        ({"factors": [12, 1]}, r"factors=\[12, 1\] multiply to 12.*factors of 2 or more"),
-        ({"factors": [0, 3]}, r"factors=\[0, 3\] cannot number ids"),
-        ({"digits": "sideways"}, "digits='sideways' is not one of slots, parallel"),
-        ({"factors": [4, 3], "digits": "parallel", "tie_word_embeddings": True}, "exclude each other"),
-        ({"codebook_size": 1 << 32}, r"need an embedding of 4294967296 rows.*model.factors=\[512,512\]"),
-    ],
-    ids=str,
-)
-def test_impossible_digits_are_refused_in_one_sentence(options, sentence) -> None:
-    with pytest.raises(Exception, match=sentence):
-        VidGPTConfig(**{"codebook_size": 12, **options})
+    assert len(passes) - 1 == 3 * DecodingOptions("raster").passes_per_frame(model.model.layout)
+    assert len(passes) - 1 == 3 * 4 * (len(factors) if digits == "slots" else 1)

@@ -70,7 +70,7 @@ def test_another_size_is_scaled_and_said(tmp_path) -> None:
     np.save(tmp_path / "wide.npy", np.zeros((3, 31, 57, 3), np.uint8))
     context = read_context(tmp_path / "wide.npy", card(), context=2, future=1)
     assert context.video.shape == (1, 3, 2, 16, 16)
-    assert "from 57x31 to 16x16" in context.note
+    assert "from 31x57 to 16x16" in context.note
 
 
 def test_a_temporal_stride_shortens_the_context_and_keeps_the_newest(numbered) -> None:

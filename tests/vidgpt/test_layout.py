@@ -153,3 +153,28 @@ def test_ids_in_the_slot_of_another_digit_are_refused() -> None:
     input_ids[0, 3] = layout.separator_id
     with pytest.raises(ValueError, match="id 13 lies outside the codebook of 12"):
         layout.unflatten(input_ids)
+
+
+@pytest.mark.parametrize("factors", [[12], [4, 3], [2, 3, 2]], ids=str)
+def test_legal_ids_are_those_that_stand_in_a_slot_and_no_others(factors) -> None:
+    layout = layout_of("slots", factors, num_actions=3)
+    # All values of the codebook at every place, one clip each.
+    every = torch.arange(12)[:, None, None, None].expand(12, 2, 2, 3)
+    input_ids = layout.flatten(every, torch.zeros(12, 2, dtype=torch.long))
+    positions = torch.arange(input_ids.shape[1])
+    stands = torch.zeros(len(positions), layout.vocab_size, dtype=torch.bool)
+    stands[positions.expand(12, -1), input_ids] = True
+    is_picture = ~layout.is_lead(positions)
+    assert torch.equal(layout.legal_ids(positions[is_picture]), stands[is_picture])
+    assert torch.equal(layout.legal_ids(positions[is_picture][None, 3:5]), stands[is_picture][None, 3:5])
+
+
+@pytest.mark.parametrize(("digits", "factors"), MODES, ids=str)
+def test_a_frame_is_read_back_from_its_picture_slots_alone(digits, factors) -> None:
+    layout = layout_of(digits, factors)
+    indices = random_indices(layout)
+    frames = layout.flatten(indices).view(2, 4, layout.tokens_per_frame)
+    for number in range(4):
+        assert torch.equal(layout.frame(frames[:, number, 1:]), indices[:, number])
+    with pytest.raises(RuntimeError, match=r"shape|size"):
+        layout.frame(frames[:, 0])

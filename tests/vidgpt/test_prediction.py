@@ -8,8 +8,9 @@ import torch
 
 from vidgpt import prediction
 from vidgpt.config import VidGPTConfig
+from vidgpt.decoding.stream import LongOptions
 from vidgpt.model import VidGPTForCausalLM
-from vidgpt.options import PredictOptions
+from vidgpt.options import DiagonalKeys, LongKeys, PredictOptions
 from vidgpt.prediction import predict_file
 from vidgpt.rollout import Predictor, check_model
 from vidgpt.sampling import SamplingOptions
@@ -136,6 +137,51 @@ def test_a_clip_of_a_batch_is_predicted_as_it_is_alone(checkpoint: Path) -> None
     rows = torch.stack(list(predictor.stream(given, 3, 5, sampling)), dim=1)
     row = torch.stack(list(predictor.stream(given[1:], 3, 5, sampling, first_sequence=1)), dim=1)
     assert torch.equal(rows[1:], row)
+
+
+def test_clips_of_different_lengths_are_predicted_as_each_alone(checkpoint: Path) -> None:
+    predictor = Predictor.from_pretrained(checkpoint, device="cpu")
+    video = torch.rand(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    clips, request = [video[0, :, :1], video[1]], {"future": 3, "seed": 5, "options": SamplingOptions(), "samples": 2}
+    together = predictor.predict(clips, **request)
+    alone = [predictor.predict(clip[None], first_sequence=2 * row, **request) for row, clip in enumerate(clips)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+    with pytest.raises(ValueError, match="actions of 1 clips came for 2 clips"):
+        predictor.predict(clips, 3, actions=[torch.zeros(4)])
+
+
+@pytest.mark.parametrize("history", [0, 2])
+@pytest.mark.parametrize("decoding", ["raster", "speculative"])
+def test_frames_come_one_by_one_and_are_those_of_predict(decoding: str, history: int, checkpoint: Path) -> None:
+    predictor = Predictor.from_pretrained(checkpoint, device="cpu")
+    video = torch.rand(1, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    request = {"future": 9, "decoding": decoding, "history": history, "samples": 2, "long": LongOptions("reprefill", 2)}
+    stream = predictor.stream_frames(video, options=SamplingOptions(), seed=3, **request)
+    first = next(stream)
+    assert first.shape == (2, 3, 1, 16, 16)
+    whole = predictor.predict(video, options=SamplingOptions(), seed=3, **request)
+    torch.testing.assert_close(torch.cat([first, *stream], dim=2), whole, atol=1e-5, rtol=0)
+
+
+def test_the_keys_of_decoding_reach_the_plan(checkpoint: Path, tmp_path) -> None:
+    write_pictures(tmp_path / "in")
+    source, keys = tmp_path / "in", {"future": 8, "long": LongKeys("reprefill", 3), "samples": 2}
+    raster = predict_file(options(checkpoint, source, tmp_path / "raster", **keys))
+    fast = predict_file(options(checkpoint, source, tmp_path / "fast", decoding="speculative", **keys))
+    rows = predict_file(options(checkpoint, source, tmp_path / "rows", decoding="diagonal", diagonal=DiagonalKeys(1, 2), **keys))
+    tokens = [(tmp_path / name / "tokens.safetensors").read_bytes() for name in ("raster", "fast")]
+    assert tokens[0] == tokens[1]
+    assert raster["forward_passes_per_frame"] == 4
+    # The window of 6 is full after 4 frames, and after 3 and 1 more.
+    assert raster["prefills"] == 3
+    assert fast["drafts_accepted_fraction"] is not None
+    assert rows["forward_passes_per_frame"] < 4
+    with pytest.raises(ValueError, match=r"long.drop=6 leaves nothing of a window of 6"):
+        predict_file(options(checkpoint, source, tmp_path / "out", **(keys | {"long": LongKeys("reprefill", 6)})))
+    with pytest.raises(ValueError, match=r"long.mode=window needs a model that sees the newest frames alone"):
+        predict_file(options(checkpoint, source, tmp_path / "out", **(keys | {"long": LongKeys("window")})))
+    assert not (tmp_path / "out").exists()
 
 
 class Blind(ForeignTokenizer):

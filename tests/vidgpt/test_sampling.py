@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,10 +11,9 @@ import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from vidgpt.config import VidGPTConfig
 from vidgpt.layout import TokenLayout
-from vidgpt.model import VidGPTForCausalLM
-from vidgpt.sampling import LayoutLogitsProcessor, SamplingOptions, filter_logits, generators, sample
+from vidgpt.noise import exponential_noise, sequence_keys
+from vidgpt.sampling import Sampler, SamplingOptions, accept_or_resample, filter_logits, sample
 
 ODDS = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log()
 INFINITY = float("inf")
@@ -25,6 +25,25 @@ def distribution(options: SamplingOptions, legal: Tensor | None = None) -> list[
 
 def random_logits(*shape: int, seed: int = 0) -> Tensor:
     return 3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def noise_for(logits: Tensor, seed: int = 0, first: int = 0) -> Tensor:
+    """Give noise for logits (B, V) or (B, n, V): row by row that of one sequence."""
+    shape = logits.shape if logits.ndim == 3 else (len(logits), 1, logits.shape[-1])
+    positions = torch.arange(shape[1]).expand(shape[:2])
+    return exponential_noise(sequence_keys(seed, shape[0], first=first), positions, shape[2]).view(logits.shape)
+
+
+def chi_square(ids: Tensor, odds: Tensor) -> float:
+    """Give the statistic of ids against the probabilities `odds` (V,), infinite where an impossible id came."""
+    counts, expected = torch.bincount(ids.flatten(), minlength=len(odds)), odds.double() * ids.numel()
+    if len(counts) > len(odds) or bool((counts[odds == 0] > 0).any()):
+        return INFINITY
+    return float(((counts - expected) ** 2 / expected)[odds > 0].sum())
+
+
+# 99.9 % quantiles by degrees of freedom.
+QUANTILES = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52}
 
 
 def test_the_defaults_leave_the_distribution_as_it_is() -> None:
@@ -60,10 +79,16 @@ def test_temperature_acts_before_top_p() -> None:
     assert distribution(sharp)[0] == 1.0
 
 
-def test_temperature_zero_is_argmax_and_draws_nothing() -> None:
+def test_temperature_zero_is_argmax_and_needs_no_noise() -> None:
     logits = random_logits(6, 50)
-    assert torch.equal(sample(logits, SamplingOptions(temperature=0), []), logits.argmax(-1))
+    assert torch.equal(sample(logits, SamplingOptions(temperature=0)), logits.argmax(-1))
     assert filter_logits(logits, SamplingOptions(temperature=0)).softmax(-1).max(-1).values.tolist() == [1.0] * 6
+
+
+def test_temperature_zero_takes_the_likeliest_legal_id() -> None:
+    legal = torch.tensor([False, True, True, True, True])
+    assert sample(ODDS, SamplingOptions(temperature=0), legal=legal) == 1
+    assert distribution(SamplingOptions(temperature=0), legal) == [0, 1, 0, 0, 0]
 
 
 def test_filters_agree_with_those_of_transformers() -> None:
@@ -80,7 +105,7 @@ def test_inputs_are_never_changed() -> None:
     before = logits.clone()
     legal = torch.arange(20) < 15
     for options in (SamplingOptions(0.5, 5, 0.8, 0.1), SamplingOptions(0.0)):
-        sample(logits, options, generators(0, 3), legal)
+        sample(logits, options, noise_for(logits), legal)
         assert torch.equal(logits, before)
         assert legal.sum() == 15
 
@@ -89,24 +114,32 @@ def test_half_precision_logits_are_filtered_in_fp32() -> None:
     assert filter_logits(random_logits(2, 9).bfloat16(), SamplingOptions(top_p=0.5)).dtype == torch.float32
 
 
-def test_samples_follow_the_filtered_distribution() -> None:
-    options = SamplingOptions(temperature=1.3, top_p=0.9)
-    draws = 20_000
-    ids = sample(ODDS.repeat(1, draws, 1), options, generators(3, 1))[0]
-    expected = np.array(distribution(options))
-    counts = np.bincount(ids.numpy(), minlength=5)
-    kept = expected > 0
-    chi_square = ((counts[kept] - draws * expected[kept]) ** 2 / (draws * expected[kept])).sum()
-    assert kept.sum() == 4
-    assert counts[~kept].sum() == 0
-    assert chi_square < 16.27  # the 99.9 % quantile for 3 degrees of freedom
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (SamplingOptions(), 5),
+        (SamplingOptions(temperature=1.3, top_p=0.9), 4),
+        (SamplingOptions(temperature=0.6, top_k=3), 3),
+        (SamplingOptions(temperature=2.0, min_p=0.5), 4),
+    ],
+    ids=str,
+)
+def test_samples_follow_the_filtered_distribution(options: SamplingOptions, kept: int) -> None:
+    odds = filter_logits(ODDS, options).softmax(-1)
+    assert int((odds > 0).sum()) == kept
+    logits = ODDS.repeat(1, 20_000, 1)
+    assert chi_square(sample(logits, options, noise_for(logits, seed=3)), odds) < QUANTILES[kept - 1]
+    # The same draws of the unfiltered distribution, or with uniform noise in the race, are told apart.
+    assert options == SamplingOptions() or chi_square(sample(logits, SamplingOptions(), noise_for(logits, seed=3)), odds) > 100
+    assert chi_square(sample(logits, options, (-noise_for(logits, seed=3)).exp()), odds) > 100
 
 
 def test_ten_thousand_samples_of_random_logits_are_all_legal() -> None:
     legal = torch.arange(70) < 64
     logits = random_logits(10, 1000, 70)
     logits[..., 64:] += 20
-    ids = sample(logits, SamplingOptions(top_k=30), generators(0, 10), legal)
+    assert int(sample(logits, SamplingOptions(top_k=30), noise_for(logits)).max()) >= 64
+    ids = sample(logits, SamplingOptions(top_k=30), noise_for(logits), legal)
     assert ids.shape == (10, 1000)
     assert int(ids.max()) < 64
 
@@ -114,16 +147,15 @@ def test_ten_thousand_samples_of_random_logits_are_all_legal() -> None:
 def test_a_row_is_sampled_as_if_it_were_alone() -> None:
     logits = random_logits(5, 40)
     options = SamplingOptions(top_k=30)
-    whole = sample(logits, options, generators(7, 5))
-    alone = torch.cat([sample(logits[i : i + 1], options, generators(7, 1, first=i)) for i in range(5)])
+    whole = sample(logits, options, noise_for(logits, 7))
+    alone = torch.cat([sample(logits[i : i + 1], options, noise_for(logits[:1], 7, first=i)) for i in range(5)])
     assert torch.equal(whole, alone)
 
 
-def test_generators_differ_by_sequence_and_by_seed_and_repeat_exactly() -> None:
-    draws = [torch.rand(4, generator=g) for g in generators(0, 3) + generators(1, 3)]
-    again = [torch.rand(4, generator=g) for g in generators(0, 3) + generators(1, 3)]
-    assert all(torch.equal(a, b) for a, b in zip(draws, again, strict=True))
-    assert len({tuple(draw.tolist()) for draw in draws}) == 6
+def test_a_rounding_of_logits_moves_few_draws_and_only_near_ties() -> None:
+    logits = random_logits(4, 500, 40)
+    before, after = (sample(moved, SamplingOptions(), noise_for(logits)) for moved in (logits, logits * (1 + 1e-6)))
+    assert int((before != after).sum()) <= 1
 
 
 @pytest.mark.parametrize(
@@ -136,6 +168,8 @@ def test_generators_differ_by_sequence_and_by_seed_and_repeat_exactly() -> None:
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("min_p", -0.1),
+        ("frame_factor", 0.0),
+        ("frame_factor", math.nan),
     ],
 )
 def test_options_outside_their_range_are_refused_by_name(name: str, value: float) -> None:
@@ -143,76 +177,135 @@ def test_options_outside_their_range_are_refused_by_name(name: str, value: float
         SamplingOptions(**{name: value})
 
 
-def test_a_missing_generator_is_refused() -> None:
-    with pytest.raises(ValueError, match="1 generators for 2 sequences"):
-        sample(random_logits(2, 5), SamplingOptions(), generators(0, 1))
+def test_missing_noise_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"logits of shape \(2, 5\) need a number for every id, and none came"):
+        sample(random_logits(2, 5), SamplingOptions())
+    with pytest.raises(ValueError, match=r"and noise of shape \(1, 5\) came"):
+        sample(random_logits(2, 5), SamplingOptions(), torch.ones(1, 5))
 
 
-def grow(layout: TokenLayout, actions: Tensor | None, frames: int, rows: int) -> Tensor:
-    """Write sequences slot by slot from random scores, as generate would."""
-    processor = LayoutLogitsProcessor(layout, actions)
-    draws = generators(1, rows)
-    ids = layout.leads(1, rows, None if actions is None else actions[:, :1])
-    while ids.shape[1] < frames * layout.tokens_per_frame:
-        scores = processor(ids, random_logits(rows, layout.vocab_size + 3, seed=ids.shape[1]))
-        ids = torch.cat([ids, sample(scores, SamplingOptions(), draws)[:, None]], dim=1)
-    return ids
+LAYOUTS = {
+    "plain": TokenLayout(6, 2, 3, num_actions=4),
+    "slots": TokenLayout(12, 2, 3, num_actions=4, factors=(4, 3)),
+    "parallel": TokenLayout(12, 2, 3, num_actions=4, factors=(4, 3), digits="parallel"),
+}
 
 
-def test_the_layout_processor_lets_only_legal_sequences_be_written() -> None:
-    layout = TokenLayout(codebook_size=6, height=2, width=3, num_actions=4)
-    actions = torch.tensor([[0, 3, 1], [0, 2, 2]])
-    ids = grow(layout, actions, frames=3, rows=2)
-    assert torch.equal(layout.flatten(layout.unflatten(ids), actions), ids)
+def picture_positions(layout: TokenLayout, rows: int, frames: int) -> Tensor:
+    positions = torch.arange(frames * layout.tokens_per_frame)
+    return positions[~layout.is_lead(positions)].expand(rows, -1)
 
 
-def test_the_layout_processor_forces_separators_where_there_are_no_actions() -> None:
-    layout = TokenLayout(codebook_size=6, height=2, width=3)
-    ids = grow(layout, None, frames=3, rows=2)
-    assert ids[:, :: layout.tokens_per_frame].tolist() == [[layout.bos_id, layout.separator_id, layout.separator_id]] * 2
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("options", [SamplingOptions(), SamplingOptions(0.0), SamplingOptions(2.0, 3, 0.9, 0.01)], ids=str)
+def test_the_sampler_draws_legal_ids_even_when_the_model_wants_others(layout: TokenLayout, options: SamplingOptions) -> None:
+    positions = picture_positions(layout, rows=3, frames=40)
+    logits = random_logits(*positions.shape, layout.num_logits)
+    if not layout.is_parallel:
+        logits[..., layout.bos_id :] += 30
+    ids = Sampler(layout, options, sequence_keys(0, 3)).draw(logits, positions)
+    frames = torch.cat([layout.leads(40, 3, torch.zeros(3, 40)).unsqueeze(-1), ids.view(3, 40, -1)], dim=-1)
+    indices = layout.unflatten(frames.flatten(1))
+    assert set(indices.unique().tolist()) == set(range(layout.codebook_size))
 
 
-def test_a_forced_lead_survives_any_score() -> None:
-    layout = TokenLayout(codebook_size=6, height=2, width=3)
-    ids = layout.flatten(torch.zeros(1, 1, 2, 3, dtype=torch.long))
-    scores = LayoutLogitsProcessor(layout)(ids, torch.full((1, layout.vocab_size), -INFINITY))
-    assert torch.isfinite(scores[0]).nonzero().flatten().tolist() == [layout.separator_id]
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_a_draw_depends_on_its_logits_sequence_and_position_alone(layout: TokenLayout) -> None:
+    positions = picture_positions(layout, rows=5, frames=4)
+    logits, options = random_logits(*positions.shape, layout.num_logits), SamplingOptions(1.5, top_p=0.95)
+    sampler = Sampler(layout, options, sequence_keys(3, 5))
+    whole = sampler.draw(logits, positions)
+    # One by one, in a shuffled order, each row alone and together with other rows.
+    order = torch.randperm(positions.shape[1], generator=torch.Generator().manual_seed(1))
+    shuffled = sampler.draw(logits[:, order], positions[:, order])
+    assert torch.equal(shuffled, whole[:, order])
+    for row in range(5):
+        alone = Sampler(layout, options, sequence_keys(3, 1, first=row))
+        for column in order[:5].tolist():
+            cut = (slice(row, row + 1), slice(column, column + 1))
+            assert torch.equal(alone.draw(logits[cut], positions[cut]), whole[cut])
+    assert not torch.equal(whole, sampler.draw(logits, positions + layout.tokens_per_frame))
+    assert not torch.equal(whole, Sampler(layout, options, sequence_keys(4, 5)).draw(logits, positions))
 
 
-def test_samples_of_one_prompt_share_its_actions_and_missing_actions_are_refused() -> None:
-    layout = TokenLayout(codebook_size=6, height=1, width=1, num_actions=4)
-    actions = torch.tensor([[0, 3], [0, 2]])
-    ids = layout.flatten(torch.zeros(4, 1, 1, 1, dtype=torch.long), torch.zeros(4, 1, dtype=torch.long))
-    scores = LayoutLogitsProcessor(layout, actions)(ids, torch.zeros(4, layout.vocab_size))
-    assert (scores.argmax(-1) - layout.codebook_size - 2).tolist() == [3, 3, 2, 2]
-    with pytest.raises(ValueError, match="for frame 1 of 4 sequences"):
-        LayoutLogitsProcessor(layout, actions[:, :1])(ids, scores)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_the_sampler_follows_the_distribution_of_every_digit(layout: TokenLayout) -> None:
+    positions = torch.arange(12_000)[None] * layout.tokens_per_frame + 1
+    logits = random_logits(layout.num_logits, seed=2).expand(1, 12_000, -1)
+    ids = Sampler(layout, SamplingOptions(temperature=2.0), sequence_keys(0, 1)).draw(logits, positions)
+    digits = layout.split(ids) if layout.is_parallel else ids[..., None]
+    for digit, values in zip(layout.due_digits(0), digits.unbind(-1), strict=True):
+        odds = (logits[0, 0, slice(*layout.spans[digit])] / 2).softmax(-1)
+        assert chi_square(values, odds) < QUANTILES[len(odds) - 1]
+    if layout.is_parallel:
+        # The digits of a place are drawn with noise of their own.
+        joint = torch.outer((logits[0, 0, 4:] / 2).softmax(-1), (logits[0, 0, :4] / 2).softmax(-1)).flatten()
+        assert chi_square(ids, joint) < 31.3  # 11 degrees of freedom
 
 
-def test_generate_of_transformers_writes_legal_sequences_with_the_given_actions() -> None:
-    torch.manual_seed(0)
-    config = VidGPTConfig(
-        codebook_size=6,
-        grid_height=2,
-        grid_width=2,
-        num_actions=3,
-        window=4,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
-    model, layout = VidGPTForCausalLM(config).eval(), TokenLayout.from_config(config)
-    actions = torch.tensor([[0, 2, 1, 0], [0, 1, 1, 2]])
-    context = torch.randint(6, (2, 1, 2, 2))
-    ids = model.generate(
-        layout.flatten(context, actions[:, :1]),
-        max_new_tokens=3 * layout.tokens_per_frame,
-        do_sample=True,
-        top_k=0,
-        logits_processor=[LayoutLogitsProcessor(layout, actions)],
-        pad_token_id=layout.separator_id,
-        eos_token_id=None,
-    )
-    assert torch.equal(layout.flatten(layout.unflatten(ids), actions), ids)
-    assert torch.equal(layout.unflatten(ids)[:, :1], context)
+TARGET = torch.tensor([0.45, 0.3, 0.2, 0.05, 0.0])
+DRAFTERS = {
+    "its own": TARGET,
+    "uniform": torch.full((5,), 0.2),
+    "opposite": TARGET.flip(0),
+    "zeros where mass is": torch.tensor([0.0, 0.7, 0.0, 0.2, 0.1]),
+    "certain and likely": torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0]),
+    "certain and impossible": torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0]),
+    "nearly its own": torch.tensor([0.4500001, 0.2999999, 0.2, 0.05, 0.0]),
+}
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def accept_always(drafts: Tensor, wanted: Tensor, drawn_from: Tensor, uniform: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    return drafts, torch.ones_like(drafts, dtype=torch.bool)
+
+
+def resample_all(drafts: Tensor, wanted: Tensor, drawn_from: Tensor, uniform: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Accept as the rule does, but draw again from the whole of `wanted`."""
+    _, is_kept = accept_or_resample(drafts, wanted, drawn_from, uniform, noise)
+    return torch.where(is_kept, drafts, (wanted / noise).argmax(-1)), is_kept
+
+
+def speculate(rule: Rule, drawn_from: Tensor, count: int = 20_000) -> tuple[float, float]:
+    """Give chi-square of the ids that come out against TARGET, and the share of drafts kept."""
+    generator = torch.Generator().manual_seed(0)
+    drafts = torch.multinomial(drawn_from, count, replacement=True, generator=generator)
+    uniform, noise = torch.rand(count, generator=generator), torch.empty(count, 5).exponential_(generator=generator)
+    ids, is_kept = rule(drafts, TARGET.expand(count, -1), drawn_from.expand(count, -1), uniform, noise)
+    assert torch.equal(ids[is_kept], drafts[is_kept])
+    return chi_square(ids, TARGET), float(is_kept.float().mean())
+
+
+@pytest.mark.parametrize("drawn_from", DRAFTERS.values(), ids=DRAFTERS.keys())
+def test_accepted_and_resampled_drafts_follow_the_wanted_distribution(drawn_from: Tensor) -> None:
+    statistic, kept = speculate(accept_or_resample, drawn_from)
+    assert statistic < QUANTILES[3]
+    assert kept == pytest.approx(float(torch.minimum(TARGET, drawn_from).sum()), abs=0.015)
+
+
+@pytest.mark.parametrize("broken", [accept_always, resample_all])
+def test_a_broken_rule_fails_the_same_test(broken: Rule) -> None:
+    for name in ("uniform", "opposite", "zeros where mass is", "certain and likely"):
+        assert speculate(broken, DRAFTERS[name])[0] > 100
+
+
+def test_a_certain_draft_is_kept_as_often_by_the_rule_as_by_equal_noise() -> None:
+    draws = sample(TARGET.log().repeat(1, 20_000, 1), SamplingOptions(), noise_for(torch.empty(1, 20_000, 5)))
+    by_noise = float((draws == 0).float().mean())
+    assert by_noise == pytest.approx(speculate(accept_or_resample, DRAFTERS["certain and likely"])[1], abs=0.015)
+
+
+def test_the_temperature_follows_the_frames_drawn() -> None:
+    layout = TokenLayout(20, 1, 2)
+    logits, keys = torch.randn(2, 6, 20), sequence_keys(0, 2)
+    positions = torch.tensor([[4, 5, 7, 8, 301, 302]]).expand(2, -1)
+    first = torch.tensor([[1], [2]])
+    drawn = Sampler(layout, SamplingOptions(temperature=0.9, frame_factor=0.5), keys, first_frames=first).draw(logits, positions)
+    for row, start in enumerate((1, 2)):
+        for column, position in enumerate(positions[row].tolist()):
+            temperature = 0.9 * min(max(0.5 ** (position // 3 - start), 0.01), 100)
+            alone = Sampler(layout, SamplingOptions(temperature=temperature), keys[row : row + 1])
+            at = slice(column, column + 1)
+            assert torch.equal(drawn[row : row + 1, at], alone.draw(logits[row : row + 1, at], positions[row : row + 1, at]))
+    steady = Sampler(layout, SamplingOptions(temperature=0.9), keys).draw(logits, positions)
+    assert not torch.equal(drawn, steady)

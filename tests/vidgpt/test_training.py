@@ -12,10 +12,10 @@ import torch
 from vidgpt import training
 from vidgpt.config import VidGPTConfig
 from vidgpt.evaluate import main as evaluate
+from vidgpt.finetuning import config_for
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.rollout import stream_tokens
 from vidgpt.train import main as train_gpt
-from vidgpt.training import config_for
 from vidtok.card import Card
 from vidtok.folders import copy_folder, load_model
 from vidtok.tokens import TokenRow, TokenWriter

@@ -1,0 +1,157 @@
+"""The transformer's forward pass with as few operations as it takes: what decoding plans run.
+
+A pass of one token is too small for a machine to be busy with arithmetic: calls and copies cost more. So projections of one input are
+one matrix, norms give their weights to the matrix behind them, and matrices lie as a product reads them. Same function as
+VidGPTForCausalLM.forward, up to rounding; the weights are a copy.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vidgpt.cache import SlotCache, SlotLayer
+from vidgpt.model import DecoderLayer, VidGPTForCausalLM
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """The matrices of one layer, (out, in), laid out in memory as (in, out); the norms in front are multiplied in."""
+
+    queries_keys_values: Tensor
+    head_norm: Tensor | None  # (heads + groups, head_dim), fp32
+    mixed: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Rotary phases of queries and keys side by side, (B or 1, n, heads + groups, head_dim), fp32."""
+
+    cos: Tensor
+    sin: Tensor  # its first half negated, for halves that change places
+
+    def at(self, index: Tensor) -> "Turns":
+        """Choose places (n,) or (B, n) of the second axis; rows are broadcast."""
+        if index.ndim == 1:
+            return Turns(self.cos[:, index], self.sin[:, index])
+        rows = torch.arange(len(self.cos), device=index.device)[:, None]
+        return Turns(self.cos[rows, index], self.sin[rows, index])
+
+
+class FusedModel:
+    """A copy of a VidGPTForCausalLM's weights, in the form in which decoding reads them.
+
+    dtype: of the weights and the cache; None takes the model's. use_compile: let torch.compile join what lies between the products.
+    cache_layer: how a layer of new caches stores keys and values.
+    """
+
+    def __init__(
+        self,
+        model: VidGPTForCausalLM,
+        dtype: torch.dtype | None = None,
+        use_compile: bool = False,
+        cache_layer: type[SlotLayer] = SlotLayer,
+    ) -> None:
+        config, body = model.config, model.model
+        self.source, self.config, self.layout, self.body = model, config, body.layout, body
+        self.device, self.dtype = model.device, dtype or model.dtype
+        self.cache_layer = cache_layer
+        self.heads, self.groups = config.num_attention_heads, int(config.num_key_value_heads or 1)
+        self.is_grouped = self.heads != self.groups
+        self.head_dim, self.eps = int(config.head_dim or 0), config.rms_norm_eps
+        with torch.no_grad():
+            self.layers = [self._fuse(cast(DecoderLayer, layer)) for layer in body.layers]
+            self.head = self._matrix(model.lm_head.weight * _scale(body.norm))
+            self.embed_slots = body.embed_slots.weight.detach().to(self.dtype)
+        self._forward = torch.compile(self._layers) if use_compile else self._layers
+
+    def new_cache(self, num_slots: int, batch: int, sink_slots: int = 0) -> SlotCache:
+        """Make an empty cache for `batch` rows."""
+        cache = SlotCache(len(self.layers), num_slots, sink_slots, layer_class=self.cache_layer)
+        states = torch.empty(batch, self.groups, 0, self.head_dim, dtype=self.dtype, device=self.device)
+        for layer in cache.layers:
+            layer.lazy_initialization(states, states)
+        return cache
+
+    def turns(self, positions: Tensor) -> Turns:
+        """Give the phases for positions (B, n): a query turns by those of the position it predicts, a key by its own."""
+        parts = []
+        for moved, count in ((positions + 1, self.heads), (positions, self.groups)):
+            cos, sin = (
+                part[:, 0, :, None].expand(-1, -1, count, -1)
+                for part in self.body.rotary(moved, self.config.attention_frames > 0)
+            )
+            parts.append((torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)))
+        return Turns(*(torch.cat(pair, dim=2) for pair in zip(*parts, strict=True)))
+
+    def read(
+        self,
+        input_ids: Tensor,
+        places: Tensor,
+        turns: Turns,
+        cache: SlotCache,
+        mask: Tensor | None,
+        is_causal: bool = False,
+        keep: int = 1,
+    ) -> Tensor:
+        """Read input_ids (B, n) into the cache, inside cache.writing; gives the logits (B, keep, num_logits) of the last ones.
+
+        places: (B or 1, n), the slot within the frame. mask: (B or 1, 1, n, slots read), 0 or -inf in the weights' dtype; None: all
+        that is read may be attended, or, with is_causal, what does not come behind.
+        """
+        hidden = (self.body.embed(input_ids) + self.embed_slots[places]).to(self.dtype)
+        hidden = self._forward(hidden, turns.cos, turns.sin, cache, mask, is_causal)
+        return F.linear(self._norm(hidden[:, -keep:]), self.head)
+
+    def _layers(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: SlotCache, mask: Tensor | None, is_causal: bool) -> Tensor:
+        batch, length = hidden.shape[:2]
+        turned, half = self.heads + self.groups, self.head_dim // 2
+        for number, layer in enumerate(self.layers):
+            states = F.linear(self._norm(hidden), layer.queries_keys_values).view(batch, length, -1, self.head_dim)
+            pairs, value = states[:, :, :turned].float(), states[:, :, turned:]
+            if layer.head_norm is not None:
+                pairs = self._norm(pairs) * layer.head_norm
+            pairs = torch.addcmul(pairs * cos, pairs.roll(half, -1), sin).to(hidden.dtype)
+            query, key = pairs[:, :, : self.heads].transpose(1, 2), pairs[:, :, self.heads :].transpose(1, 2)
+            key, value = cache.update(key, value.transpose(1, 2), number)
+            mixed = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=self.is_grouped
+            )
+            hidden = hidden + F.linear(mixed.transpose(1, 2).reshape(batch, length, -1), layer.mixed)
+            gate, up = F.linear(self._norm(hidden), layer.gate_up).chunk(2, dim=-1)
+            hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
+        return hidden
+
+    def _norm(self, states: Tensor) -> Tensor:
+        """Norm of length 1 over the last axis, in fp32: a root-mean-square norm, but for its weights and sqrt(size), which they carry."""
+        wide = states.float()
+        # Not mean(), which is a copy and a division more.
+        return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + states.shape[-1] * self.eps)).to(states.dtype)
+
+    def _fuse(self, layer: DecoderLayer) -> FusedLayer:
+        attention, mlp = layer.self_attn, layer.mlp
+        norm = None
+        if self.config.use_qk_norm:
+            norms = ((attention.q_norm, self.heads), (attention.k_norm, self.groups))
+            norm = torch.cat([_scale(part).expand(count, -1) for part, count in norms]).float()
+        projections = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        return FusedLayer(
+            self._matrix(projections * _scale(layer.input_layernorm)),
+            norm,
+            self._matrix(attention.o_proj.weight),
+            self._matrix(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * _scale(layer.post_attention_layernorm)),
+            self._matrix(mlp.down_proj.weight),
+        )
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.detach().T.to(self.dtype, copy=True).contiguous().T
+
+
+def _scale(norm: nn.Module) -> Tensor:
+    """Give the weights (size,) of a root-mean-square norm times sqrt(size)."""
+    weight = cast(Tensor, norm.weight)
+    return weight * len(weight) ** 0.5

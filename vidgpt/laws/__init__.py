@@ -1,0 +1,1 @@
+"""Laws of decoding, checked on a trained model: vidgpt-verify."""

@@ -1,0 +1,1 @@
+"""How fast decoding is on this machine: vidgpt-bench, and what makes it faster."""
