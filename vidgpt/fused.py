@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vidgpt.cache import SlotCache, SlotLayer
-from vidgpt.model import DecoderLayer, VidGPTForCausalLM
+from vidgpt.model import DecoderLayer, VidGPTForCausalLM, embed_ids
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class FusedModel:
         with torch.no_grad():
             self.layers = [self._fuse(cast(DecoderLayer, layer)) for layer in body.layers]
             self.head = self._matrix(model.lm_head.weight * _scale(body.norm))
-            self.embed_slots = body.embed_slots.weight.detach().to(self.dtype)
+            self.embed_tokens, self.embed_slots = (part.weight.detach().clone() for part in (body.embed_tokens, body.embed_slots))
+        self.is_compiled = use_compile
         self._forward = torch.compile(self._layers) if use_compile else self._layers
 
     def new_cache(self, num_slots: int, batch: int, sink_slots: int = 0) -> SlotCache:
@@ -103,9 +104,12 @@ class FusedModel:
         places: (B or 1, n), the slot within the frame. mask: (B or 1, 1, n, slots read), 0 or -inf in the weights' dtype; None: all
         that is read may be attended, or, with is_causal, what does not come behind.
         """
-        hidden = (self.body.embed(input_ids) + self.embed_slots[places]).to(self.dtype)
-        hidden = self._forward(hidden, turns.cos, turns.sin, cache, mask, is_causal)
+        hidden = embed_ids(self.layout, self._token_rows, input_ids) + self.embed_slots[places]
+        hidden = self._forward(hidden.to(self.dtype), turns.cos, turns.sin, cache, mask, is_causal)
         return F.linear(self._norm(hidden[:, -keep:]), self.head)
+
+    def _token_rows(self, rows: Tensor) -> Tensor:
+        return F.embedding(rows, self.embed_tokens)
 
     def _layers(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: SlotCache, mask: Tensor | None, is_causal: bool) -> Tensor:
         batch, length = hidden.shape[:2]

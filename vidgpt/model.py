@@ -7,7 +7,7 @@ has several digits, on which of them is due.
 Travels with exported models (vidgpt.exporting), so the modules of this file's closure import torch and transformers alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -85,6 +85,16 @@ class VidGPTPreTrainedModel(PreTrainedModel):
             module.refill()
 
 
+def embed_ids(layout: TokenLayout, table: Callable[[Tensor], Tensor], input_ids: Tensor) -> Tensor:
+    """Give the embedding (B, L, D) of input_ids (B, L) by a table of rows; an id that holds several digits has the sum of theirs."""
+    if not layout.is_parallel:
+        return table(input_ids)
+    rows, is_lead = layout.embedding_rows(input_ids)
+    # Digit by digit: all at once would take Q times the memory.
+    summed = reduce(torch.add, map(table, rows.unbind(-1)))
+    return torch.where(is_lead[..., None], table(rows[..., 0]), summed)
+
+
 class VidGPTModel(VidGPTPreTrainedModel):
     """Embedding, layers and final norm."""
 
@@ -140,13 +150,8 @@ class VidGPTModel(VidGPTPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Give the embedding (B, L, D) of input_ids (B, L); an id that holds several digits has the sum of theirs."""
-        if not self.layout.is_parallel:
-            return self.embed_tokens(input_ids)
-        rows, is_lead = self.layout.embedding_rows(input_ids)
-        # Digit by digit: all at once would take Q times the memory.
-        summed = reduce(torch.add, map(self.embed_tokens, rows.unbind(-1)))
-        return torch.where(is_lead[..., None], self.embed_tokens(rows[..., 0]), summed)
+        """Give the embedding (B, L, D) of input_ids (B, L)."""
+        return embed_ids(self.layout, self.embed_tokens, input_ids)
 
     @property
     def _size(self) -> int:

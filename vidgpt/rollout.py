@@ -1,7 +1,6 @@
 """Predictor: frames in, frames out. It joins tokenizer, transformer and a decoding plan; all state lives in one call."""
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -40,11 +39,15 @@ class Predictor:
         self.model, self.tokenizer, self.card = model.eval(), tokenizer, card
         self.layout = model.model.layout
         self.dtype, self.use_compile = dtype, use_compile
+        self._fused: tuple[list[tuple[int, int]], FusedModel] | None = None
 
-    @cached_property
+    @property
     def fused(self) -> FusedModel:
-        """The transformer as decoding reads it: a copy, made once, of the weights as they then are."""
-        return FusedModel(self.model, self.dtype, self.use_compile)
+        """The transformer as decoding reads it: a copy, made anew when weights were changed or moved."""
+        state = [(weight.data_ptr(), weight._version) for weight in self.model.parameters()]
+        if self._fused is None or self._fused[0] != state:
+            self._fused = state, FusedModel(self.model, self.dtype, self.use_compile)
+        return self._fused[1]
 
     @classmethod
     def from_pretrained(
@@ -264,8 +267,9 @@ class Predictor:
             raise ValueError(
                 f"a context of {frames} frames ends inside a latent frame: use {' or '.join(map(str, whole))} frames"
             )
-        self.check_window(frames, future, DecodingOptions(decoding) if isinstance(decoding, str) else decoding, long)
-        check_guidance(self.layout, guidance)
+        plan = DecodingOptions(decoding) if isinstance(decoding, str) else decoding
+        self.check_window(frames, future, plan, long)
+        check_guidance(self.layout, guidance, plan)
         # Leads are made of actions, and refuse wrong ones.
         self.layout.leads(card.latent_frames_in(frames) + self.latent_frames(future), len(video), actions)
 

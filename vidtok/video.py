@@ -196,20 +196,23 @@ def _check_frames(frames: np.ndarray) -> None:
         raise ValueError(f"Frames of {frames.dtype} {frames.shape} came: they must be uint8 (T, H, W, 3), RGB, not empty.")
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float) -> tuple[int, int]:
+def write_video(path: str | Path, frames: np.ndarray, fps: float, is_lossless: bool = False) -> tuple[int, int]:
     """Write uint8 frames (T, H, W, 3) as open_video does; gives the written (height, width)."""
     _check_frames(frames)
-    with open_video(path, (frames.shape[1], frames.shape[2]), fps) as write:
+    with open_video(path, (frames.shape[1], frames.shape[2]), fps, is_lossless) as write:
         write(frames)
     return frames.shape[1] + frames.shape[1] % 2, frames.shape[2] + frames.shape[2] % 2
 
 
 @contextmanager
-def open_video(path: str | Path, size: tuple[int, int], fps: float) -> Iterator[Callable[[np.ndarray], None]]:
+def open_video(
+    path: str | Path, size: tuple[int, int], fps: float, is_lossless: bool = False
+) -> Iterator[Callable[[np.ndarray], None]]:
     """Give a function that appends uint8 frames (T, H, W, 3) of size (H, W) to an H.264 mp4 (MPEG-4 part 2 where libx264 is missing).
 
     The file is complete or not there at all. The codec needs even sides: an odd one is extended by its last row or column, and a line
-    says so. The colours are stored at half resolution: never measure on the result.
+    says so. The colours are stored at half resolution: never measure on the result. is_lossless: keep every bit, for files to be read
+    again; browsers do not play them, and where libx264rgb is missing they are as others are.
     """
     import av
 
@@ -218,13 +221,17 @@ def open_video(path: str | Path, size: tuple[int, int], fps: float) -> Iterator[
     height, width = (side + side % 2 for side in size)
     if (height, width) != tuple(size):
         print(f"{path}: H.264 needs even sides, so {size[0]}x{size[1]} is written as {height}x{width}.")
-    codec, options = ("libx264", {"crf": "16"}) if _has_encoder("libx264") else ("mpeg4", {"qscale": "2"})
+    pixels = "yuv420p"
+    if is_lossless and _has_encoder("libx264rgb"):
+        codec, options, pixels = "libx264rgb", {"crf": "0"}, "rgb24"
+    else:
+        codec, options = ("libx264", {"crf": "16"}) if _has_encoder("libx264") else ("mpeg4", {"qscale": "2"})
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with av.open(str(temporary), "w", format="mp4") as container:
             stream = cast("VideoStream", container.add_stream(codec, rate=_as_rate(fps), options=options))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.width, stream.height, stream.pix_fmt = width, height, pixels
 
             def write(frames: np.ndarray) -> None:
                 _check_frames(frames)

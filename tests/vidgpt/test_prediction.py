@@ -151,6 +151,21 @@ def test_clips_of_different_lengths_are_predicted_as_each_alone(checkpoint: Path
         predictor.predict(clips, 3, actions=[torch.zeros(4)])
 
 
+def test_a_prediction_is_that_of_the_weights_as_they_are(checkpoint: Path) -> None:
+    predictor, video = Predictor.from_pretrained(checkpoint, device="cpu"), torch.zeros(1, 3, 2, 16, 16)
+    before = predictor.predict(video, 3, options=SamplingOptions())
+    assert predictor.fused is predictor.fused
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in predictor.model.parameters():
+            weight.add_(torch.randn_like(weight))
+    after = predictor.predict(video, 3, options=SamplingOptions())
+    assert not torch.equal(after, before)
+    assert torch.equal(
+        after, Predictor(predictor.model, predictor.tokenizer, predictor.card).predict(video, 3, options=SamplingOptions())
+    )
+
+
 @pytest.mark.parametrize("history", [0, 2])
 @pytest.mark.parametrize("decoding", ["raster", "speculative"])
 def test_frames_come_one_by_one_and_are_those_of_predict(decoding: str, history: int, checkpoint: Path) -> None:

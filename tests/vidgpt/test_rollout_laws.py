@@ -243,3 +243,32 @@ def test_a_law_holds_and_is_seen_to_be_broken(law, breaking, monkeypatch) -> Non
     assert law()
     breaking(monkeypatch)
     assert not law()
+
+
+@pytest.mark.parametrize("plan", [RASTER, SPECULATIVE, NARROW, TRANSFORMERS], ids=lambda plan: plan.plan)
+def test_what_a_caller_does_to_a_frame_reaches_no_other(plan: DecodingOptions) -> None:
+    model, long = FusedModel(net()), LongOptions("reprefill", 2)
+    expected = roll(model, clips(), 8, decoding=plan, long=long)
+    kept = []
+    for frame in stream_tokens(model, clips(), 8, decoding=plan, long=long):
+        kept.append(frame.clone())
+        frame.fill_(0)
+    assert torch.equal(torch.stack(kept, dim=1), expected)
+
+
+def test_a_fused_model_is_what_the_weights_were() -> None:
+    model = net()
+    fused, before = FusedModel(model), roll(model, clips(), 4)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.25)
+    assert not torch.equal(roll(model, clips(), 4), before)
+    assert torch.equal(roll(fused, clips(), 4), before)
+
+
+def test_the_library_knows_no_guidance_and_no_other_precision() -> None:
+    model = net(num_actions=3)
+    with pytest.raises(ValueError, match=r"decoding=transformers knows no guidance=2.0: use decoding=raster"):
+        stream_tokens(model, clips(), 4, actions=chosen(3, 6), guidance=2.0, decoding=TRANSFORMERS)
+    with pytest.raises(ValueError, match="knows no compile=true and no other precision"):
+        stream_tokens(FusedModel(net(), torch.bfloat16), clips(), 4, decoding=TRANSFORMERS)

@@ -349,3 +349,11 @@ def test_scaling_down_is_antialiased() -> None:
 def test_the_border_check_says_what_came(video: torch.Tensor, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         check_video(video)
+
+
+def test_a_lossless_video_gives_every_bit_back(tmp_path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (5, 16, 24, 3), dtype=np.uint8)
+    write_video(tmp_path / "exact.mp4", frames, 10, is_lossless=True)
+    write_video(tmp_path / "small.mp4", frames, 10)
+    assert np.array_equal(np.stack(list(iter_frames(tmp_path / "exact.mp4"))), frames)
+    assert not np.array_equal(np.stack(list(iter_frames(tmp_path / "small.mp4"))), frames)

@@ -68,7 +68,12 @@ def stream_tokens(
     clips = list(context)
     lengths = [len(clip) for clip in clips]
     check_future(fused.config, lengths, future, plan, long)
-    check_guidance(fused.layout, guidance)
+    check_guidance(fused.layout, guidance, plan)
+    if plan.plan == "transformers" and (fused.is_compiled or fused.dtype != fused.source.dtype):
+        raise ValueError(
+            "decoding=transformers runs the model as the library does, and knows no compile=true and no other precision: leave them "
+            "away, or use decoding=raster"
+        )
     if samples < 1:
         raise ValueError(f"samples={samples}: give 1 or more")
     prompt, starts, leads = _prompt(fused, clips, future, None if actions is None else list(actions))
@@ -106,7 +111,8 @@ def _frames(
             _reprefill(reader, long.drop or -(-reader.model.config.window // 2))
             continue
         for frame in plan.frames(reader, leads[:, :room]):
-            yield reader.layout.frame(frame)
+            # A copy: what a caller does to a frame must not reach those to come.
+            yield reader.layout.frame(frame.clone())
         leads = leads[:, room:]
 
 
@@ -188,8 +194,10 @@ def check_future(
         )
 
 
-def check_guidance(layout: TokenLayout, guidance: float) -> None:
-    """Raise ValueError for guidance where there is nothing to be guided by."""
+def check_guidance(layout: TokenLayout, guidance: float, plan: DecodingOptions) -> None:
+    """Raise ValueError for guidance where there is nothing to be guided by, or a plan that knows none."""
+    if guidance != 1 and plan.plan == "transformers":
+        raise ValueError(f"decoding=transformers knows no guidance={guidance}: use decoding=raster or speculative")
     if guidance != 1 and not layout.num_actions:
         raise ValueError(f"guidance={guidance} needs a model that was trained with actions: leave it at 1")
     if not guidance >= 0:
