@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vidgpt.config import VidGPTConfig
 from vidgpt.layout import IGNORED, TokenLayout
-from vidgpt.masks import build_mask, diagonal, diagonal_passes, rule_of
+from vidgpt.masks import build_mask, diagonal, rule_of, stand_in_age
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def diagonal_batch(config: VidGPTConfig, input_ids: Tensor, labels: Tensor, wind
     window = min(window, columns)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     stand_ins = _stand_ins(layout, positions) if window < columns else positions[:0]
-    frames_ago = (stand_ins // layout.tokens_per_frame).clamp(max=newest_drawn(layout, window, delay))
+    frames_ago = (stand_ins // layout.tokens_per_frame).clamp(max=stand_in_age(layout, window, delay))
     read = torch.cat([input_ids[:, stand_ins - frames_ago * layout.tokens_per_frame], input_ids], dim=1)
     queries, starts = positions[None], stand_ins[None]
     rule, row_rule = (diagonal(layout, window, delay, begins_row) for begins_row in (False, True))
@@ -54,12 +54,6 @@ def diagonal_batch(config: VidGPTConfig, input_ids: Tensor, labels: Tensor, wind
     # The model shifts labels back by one; the sequence stands last because its last token predicts nothing.
     shifted = F.pad(torch.cat([begun, targets], dim=1)[:, :-1], (1, 0), value=IGNORED)
     return DiagonalBatch(read, torch.cat([starts, queries], dim=1), mask, shifted)
-
-
-def newest_drawn(layout: TokenLayout, window: int, delay: int) -> int:
-    """Give how many frames ago the end of a row was drawn last, when the row below it begins; with a delay it may be several."""
-    columns = layout.width * layout.slots_per_place
-    return max(1, -(-(columns - window) // diagonal_passes(layout, window, delay)))
 
 
 def is_diagonal_step(seed: int, step: int, share: float) -> bool:

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from vidgpt.cache import SlotCache, SlotLayer
 from vidgpt.model import DecoderLayer, VidGPTForCausalLM, embed_ids
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class FusedLayer:
@@ -33,13 +35,6 @@ class Turns:
 
     cos: Tensor
     sin: Tensor  # its first half negated, for halves that change places
-
-    def at(self, index: Tensor) -> "Turns":
-        """Choose places (n,) or (B, n) of the second axis; rows are broadcast."""
-        if index.ndim == 1:
-            return Turns(self.cos[:, index], self.sin[:, index])
-        rows = torch.arange(len(self.cos), device=index.device)[:, None]
-        return Turns(self.cos[rows, index], self.sin[rows, index])
 
 
 class FusedModel:

@@ -51,6 +51,12 @@ def diagonal_passes(layout: TokenLayout, window: int, delay: int = 0) -> int:
     return min(delay, whole) if delay else whole
 
 
+def stand_in_age(layout: TokenLayout, window: int, delay: int = 0) -> int:
+    """Give how many frames ago the end of a row was drawn last, when the row below it begins; with a delay it may be several."""
+    columns = layout.width * layout.slots_per_place
+    return max(1, -(-(columns - min(window, columns)) // diagonal_passes(layout, window, delay)))
+
+
 def diagonal(layout: TokenLayout, window: int, delay: int = 0, begins_row: bool = False) -> MaskRule:
     """Give the rule of diagonal decoding: row r + 1 begins when row r has `window` tokens, and so on downwards.
 

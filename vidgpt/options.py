@@ -111,8 +111,7 @@ class PredictOptions:
     def __post_init__(self) -> None:
         """Refuse what no prediction can have."""
         check_at_least(self, context=1, future=1, samples=1)
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision={self.precision!r} is not one of fp32, bf16: choose one of these")
+        check_precision(self.precision, "fp32", "bf16")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import re
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vidgpt.decoding import DecodingOptions
-from vidgpt.decoding.stream import LongOptions
+from vidgpt.decoding.stream import LongOptions, check_guidance
 from vidgpt.decoding.work import Work
+from vidgpt.fused import DTYPES
 from vidgpt.inputs import Context, read_actions, read_context
 from vidgpt.options import PredictOptions
 from vidgpt.report import strip_image
@@ -36,36 +38,15 @@ def predict_file(options: PredictOptions) -> dict[str, object]:
     """
     folder = OutputFolder(Path(options.output), RECORD_FILE, _OURS)
     folder.check(_file_names(options), input=options.input)
-    sampling = SamplingOptions(**asdict(options.sampling))
-    decoding, long = DecodingOptions.from_keys(options), LongOptions(**asdict(options.long))
-    predictor = Predictor.from_pretrained(
-        options.checkpoint,
-        allow_torchscript=options.allow_torchscript,
-        decoder=options.decoder,
-        dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
-        use_compile=options.compile,
+    predictor, request = _load(options)
+    context = read_context(
+        options.input, predictor.card, options.context, options.future, options.start, predictor.history_frames
     )
-    check_decoder(predictor.tokenizer)
-    predictor.check_window(options.context, options.future, decoding, long)
-    history = predictor.history_frames
-    context = read_context(options.input, predictor.card, options.context, options.future, options.start, history)
     print(context.note)
     actions = _actions(options, predictor, context)
     encoded = predictor.encode_after(torch.cat([context.history, context.video], dim=2), context.history.shape[2])
-    steps, work = predictor.latent_frames(options.future), Work()
-    started = time.monotonic()
-    stream = predictor.stream(
-        encoded[1],
-        steps,
-        options.seed,
-        sampling,
-        decoding,
-        actions,
-        samples=options.samples,
-        long=long,
-        guidance=options.guidance,
-        work=work,
-    )
+    steps, work, started = predictor.latent_frames(options.future), Work(), time.monotonic()
+    stream = predictor.stream(encoded[1], steps, options.seed, actions=actions, samples=options.samples, work=work, **request)
     future = torch.stack(list(track(stream, description="predicting frames", total=steps, transient=True)), dim=1)
     seconds = time.monotonic() - started
     past, tokens = (predictor.samples(part, options.samples) for part in encoded)
@@ -80,6 +61,36 @@ def predict_file(options: PredictOptions) -> dict[str, object]:
         f"{options.future} frames x {options.samples} in {seconds:.1f} s; see {output / 'strip.png'} and {output / 'prediction.mp4'}"
     )
     return record
+
+
+class _Request(TypedDict):
+    """How to decode; see Predictor.stream."""
+
+    options: SamplingOptions
+    decoding: DecodingOptions
+    long: LongOptions
+    guidance: float
+
+
+def _load(options: PredictOptions) -> tuple[Predictor, _Request]:
+    """Load the checkpoint, and check what can be without the input. Raises ValueError."""
+    request = _Request(
+        options=SamplingOptions(**asdict(options.sampling)),
+        decoding=DecodingOptions.from_keys(options.decoding, options.diagonal, options.speculative),
+        long=LongOptions(**asdict(options.long)),
+        guidance=options.guidance,
+    )
+    predictor = Predictor.from_pretrained(
+        options.checkpoint,
+        allow_torchscript=options.allow_torchscript,
+        decoder=options.decoder,
+        dtype=DTYPES[options.precision],
+        use_compile=options.compile,
+    )
+    check_decoder(predictor.tokenizer)
+    predictor.check_window(options.context, options.future, request["decoding"], request["long"])
+    check_guidance(predictor.layout, options.guidance, request["decoding"])
+    return predictor, request
 
 
 def _file_names(options: PredictOptions) -> list[str]:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from vidgpt.decoding import DecodingOptions
-from vidgpt.diagonal_training import DiagonalBatch, diagonal_batch, is_diagonal_step, newest_drawn
+from vidgpt.diagonal_training import DiagonalBatch, diagonal_batch, is_diagonal_step
 from vidgpt.layout import IGNORED
+from vidgpt.masks import stand_in_age
 from vidgpt.rollout import stream_tokens
 
 DIGITS = [{}, {"factors": [4, 5]}, {"factors": [4, 5], "digits": "parallel"}, {"num_actions": 3}]
@@ -122,7 +123,7 @@ def test_the_windows_of_model_and_plan_hold_together(make_model, make_ids) -> No
 def test_a_row_end_may_be_drawn_several_frames_ago_where_frames_overlap(window, delay, expected, make_model) -> None:
     # A row takes 7 passes, and the row below begins `window` behind it.
     layout = make_model(grid_height=3, grid_width=7).model.layout
-    assert newest_drawn(layout, window, delay) == expected
+    assert stand_in_age(layout, window, delay) == expected
 
 
 def test_the_share_of_diagonal_steps_follows_from_seed_and_step() -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor
 
@@ -18,17 +17,6 @@ from vidgpt.masks import diagonal as diagonal_rule
 from vidgpt.options import DiagonalKeys, SpeculativeKeys
 
 PLANS = ("raster", "speculative", "diagonal", "transformers")
-
-
-class DecodingKeys(Protocol):
-    """Options of a command that decodes."""
-
-    @property
-    def decoding(self) -> str: ...
-    @property
-    def diagonal(self) -> DiagonalKeys: ...
-    @property
-    def speculative(self) -> SpeculativeKeys: ...
 
 
 @dataclass(frozen=True)
@@ -58,10 +46,9 @@ class DecodingOptions:
             )
 
     @classmethod
-    def from_keys(cls, options: DecodingKeys) -> "DecodingOptions":
+    def from_keys(cls, plan: str, diagonal: DiagonalKeys, speculative: SpeculativeKeys) -> "DecodingOptions":
         """Take the keys of a command."""
-        diagonal, speculative = options.diagonal, options.speculative
-        return cls(options.decoding, diagonal.window, diagonal.delay, speculative.draft, speculative.draft_length)
+        return cls(plan, diagonal.window, diagonal.delay, speculative.draft, speculative.draft_length)
 
     def frames(self, reader: Reader, leads: Tensor) -> Iterator[Tensor]:
         """Yield the picture slots (B, S) of each frame to come, whose leads (B, frames) are given, as it is ready."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vidgpt.decoding.reader import Queries, Reader
 from vidgpt.layout import TokenLayout
-from vidgpt.masks import MaskRule, diagonal_passes
+from vidgpt.masks import MaskRule, diagonal_passes, stand_in_age
 from vidgpt.masks import diagonal as diagonal_rule
 
 
@@ -39,8 +39,7 @@ def schedule(layout: TokenLayout, first: int, frames: int, window: int, delay: i
     """Give the passes that draw `frames` frames from position `first` on; the slot before it is drawn, but not read."""
     columns, size = layout.width * layout.slots_per_place, layout.tokens_per_frame
     window, step = min(window, columns), diagonal_passes(layout, window, delay)
-    # How many frames ago a place was drawn last when a row begins, where so many frames are there: as in training, whoever decodes.
-    lag = max(1, -(-(columns - window) // step))
+    age = stand_in_age(layout, window, delay)
     passes = defaultdict[int, Pass](Pass)
     for frame in range(frames):
         lead = first + frame * size
@@ -49,7 +48,7 @@ def schedule(layout: TokenLayout, first: int, frames: int, window: int, delay: i
             for column in range(columns):
                 passes[begin + column].queries.append(before + column)
             if row and window < columns:
-                passes[begin].sources[before] = before - size * min(lag, lead // size)
+                passes[begin].sources[before] = before - size * min(age, lead // size)
             if window < columns or row == layout.height - 1:
                 # Nobody's query, because the row below has begun, or comes with the next frame.
                 passes[begin + columns].ends.append(before + columns)

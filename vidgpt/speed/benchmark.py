@@ -62,9 +62,7 @@ def bench_gpt(options: BenchOptions) -> dict[str, Any]:
 def _plans(options: BenchOptions) -> dict[str, DecodingOptions]:
     """Give the plans by name, transformers' generate first. Raises ValueError for an unknown one."""
     names = sorted(options.decoding, key=lambda name: name != "transformers")
-    diagonal, speculative = options.diagonal, options.speculative
-    own = (diagonal.window, diagonal.delay, speculative.draft, speculative.draft_length)
-    return {name: DecodingOptions(name, *own) for name in names}
+    return {name: DecodingOptions.from_keys(name, options.diagonal, options.speculative) for name in names}
 
 
 @contextmanager
