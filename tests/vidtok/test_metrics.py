@@ -87,7 +87,7 @@ def test_work_is_bounded_by_pixels_and_a_bound_changes_no_figure(measure, monkey
         )
     for bound, largest in ((1, 1), (4 * 24 * 20 + 1, 4), (10**6, 15)):
         sizes.clear()
-        monkeypatch.setattr(metrics, "PIXELS_AT_ONCE", bound)
+        monkeypatch.setattr(metrics, "COMPARED_PIXELS_AT_ONCE", bound)
         torch.testing.assert_close(measure(video, reference), whole, atol=1e-6, rtol=0)
         assert max(sizes) == largest and sum(sizes) == 15
 
