@@ -285,12 +285,14 @@ def test_every_preset_starts_from_its_schema() -> None:
     presets = sorted(Path(config_dir()).glob("*/*.yaml"))
     assert presets
     for preset in presets:
+        assert preset.read_text().startswith("# "), f"{preset} does not open with its purpose and cost"
+        if preset.parent.name in ("experiment", "budget"):
+            continue  # keys of the whole command, which has a schema
         content = OmegaConf.load(preset)
         # Of its own where one source or project has keys that the others lack.
         own = f"schema_{preset.stem}"
         expected = {"data": {own}, "pretrained": {own, "schema"}}.get(preset.parent.name, {"schema"})
         assert next(iter(content.defaults)) in expected, preset
-        assert preset.read_text().startswith("# "), f"{preset} does not open with its purpose and cost"
 
 
 def start(script, *arguments: str) -> subprocess.Popen[str]:

@@ -2,8 +2,11 @@
 
 Plain use appends: slot = position, all rows alike, and reads give the filled slots alone, so that unused length costs nothing.
 A decoding plan may also say which positions a pass writes (`writing`): any, row by row, again or for the first time. The cache then
-knows which position stands in every slot, and what is unfilled, taken back or overwritten is never attended. Slots behind the sinks
+marks which position stands in every slot of every row; what is unfilled, taken back or overwritten has no mark. Slots behind the sinks
 go round, so that a rollout may be longer than the cache: a row that writes position p loses the one a round before.
+Where a position stands is arithmetic (`slot_positions`), so that a plan makes the masks of many passes at once, before any of them:
+it hides what it has not written yet, and so reads marked slots alone. No mark says that an id is final: whatever may still change is
+read again, before or while others see it.
 It keeps transformers' contract (`update(key, value, layer_idx)`), so `model.generate` runs on it.
 Travels with exported models (vidgpt.exporting).
 """
@@ -34,9 +37,9 @@ class SlotLayer(CacheLayerMixin):
 
     is_croppable = True
 
-    def __init__(self, num_slots: int, spare_slots: int, cursor: Cursor, is_last: bool) -> None:
+    def __init__(self, num_slots: int, cursor: Cursor, is_last: bool) -> None:
         super().__init__()
-        self.num_slots, self.spare_slots, self.cursor, self.is_last = num_slots, spare_slots, cursor, is_last
+        self.num_slots, self.cursor, self.is_last = num_slots, cursor, is_last
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate all slots with the batch, dtype and device of the first keys."""
@@ -92,7 +95,7 @@ class SlotLayer(CacheLayerMixin):
     def _allocate(self, states: Tensor) -> Tensor:
         packed = self.pack(states[:, :, :0])
         # Zeros: a masked slot still enters a product, where NaN times 0 is NaN.
-        return packed.new_zeros(*packed.shape[:2], self.num_slots + self.spare_slots, packed.shape[-1])
+        return packed.new_zeros(*packed.shape[:2], self.num_slots, packed.shape[-1])
 
     def _write(self, stored: Tensor, states: Tensor) -> None:
         states, slots, length = self.pack(states), self.cursor.slots, self.cursor.length
@@ -108,40 +111,49 @@ class SlotCache(Cache):
     """A preallocated cache for every layer.
 
     num_slots: for num_slots positions, or, where a rollout is longer, for the sinks and the newest others.
-    sink_slots: the first so many slots are never taken again. spare_slots: more of them, which stand for no position (`writing`).
-    layer_class: how a layer stores its states.
+    sink_slots: the first so many slots are never taken again. layer_class: how a layer stores its states.
     """
 
-    def __init__(
-        self, num_layers: int, num_slots: int, sink_slots: int = 0, spare_slots: int = 0, layer_class: type[SlotLayer] = SlotLayer
-    ) -> None:
+    def __init__(self, num_layers: int, num_slots: int, sink_slots: int = 0, layer_class: type[SlotLayer] = SlotLayer) -> None:
         self.cursor, last = Cursor(), num_layers - 1
-        super().__init__(layers=[layer_class(num_slots, spare_slots, self.cursor, n == last) for n in range(num_layers)])
-        self.num_slots, self.sink_slots, self.spare_slots = num_slots, sink_slots, spare_slots
+        super().__init__(layers=[layer_class(num_slots, self.cursor, n == last) for n in range(num_layers)])
+        self.num_slots, self.sink_slots = num_slots, sink_slots
         # (B, slots), or (1, slots) where all rows are alike; EMPTY where nothing may be read; None while all was appended.
         self.positions: Tensor | None = None
         self.end = 0
 
+    def slot_positions(self, end: int, device: torch.device | str = "cpu") -> Tensor:
+        """Give the position (slots in use,) that stands in each slot once all positions below `end` are written.
+
+        While some are not, one above those written stands for an older one, or for none: nobody may attend it there.
+        """
+        slots = torch.arange(min(end, self.num_slots), device=device)
+        if end <= self.num_slots:
+            return slots
+        ring = self.num_slots - self.sink_slots
+        return torch.where(slots < self.sink_slots, slots, slots + (end - 1 - slots) // ring * ring)
+
+    def _slots_of(self, positions: Tensor, end: int) -> Tensor:
+        """Give where positions, all below `end`, stand."""
+        if end <= self.num_slots:
+            return positions
+        sinks, behind = self.sink_slots, positions - self.sink_slots
+        return torch.where(behind < 0, positions, sinks + behind % (self.num_slots - sinks))
+
     @contextmanager
-    def writing(self, positions: Tensor, end: int, spare: Tensor | None = None) -> Iterator[Tensor]:
+    def writing(self, positions: Tensor, end: int) -> Iterator[Tensor]:
         """Let the next forward pass write positions (B, n); gives the position in each slot (B, slots in use) that it may read.
 
         B may be 1 where all rows are alike. A row's positions differ, and lie less than a round apart. end: above every position so
-        far, known on the host, so that nothing waits for a GPU. spare: (B, n) spare slots, 0, 1, ..., for tokens that no other may
-        read, and EMPTY for all others. Should the pass fail, what it wrote stays unread, and so does what it wrote over.
+        far, known on the host, so that nothing waits for a GPU. Should the pass fail, what it wrote stays unread, and so does what it
+        wrote over.
         """
-        if positions.shape[1] > self.num_slots + self.spare_slots:
+        if positions.shape[1] > self.num_slots:
             raise ValueError(f"{positions.shape[1]} tokens in one pass exceed the {self.num_slots} slots: read fewer at a time")
         assert self.cursor.slots is None, "one pass at a time"
         known = self._known(positions)
         self.end = used = max(self.end, min(end, self.num_slots))
-        slots = positions
-        if end > self.num_slots:
-            sinks, behind = self.sink_slots, positions - self.sink_slots
-            slots = torch.where(behind < 0, positions, sinks + behind % (self.num_slots - sinks))
-        if spare is not None:
-            used = self.num_slots + self.spare_slots
-            slots = torch.where(spare != EMPTY, self.num_slots + spare, slots)
+        slots = self._slots_of(positions, end)
         rows = max(len(known), len(slots))
         marked = slots.expand(rows, -1)
         # Unread from now on: should the pass fail, some layers hold the old states and others the new.
@@ -151,8 +163,6 @@ class SlotCache(Cache):
             seen = known.scatter(1, marked, positions.expand(rows, -1))
             yield seen[:, :used]
             self.positions = seen
-            if spare is not None:
-                seen[:, self.num_slots :] = EMPTY
         finally:
             self.cursor.slots = None
 
@@ -215,6 +225,6 @@ class SlotCache(Cache):
     def _known(self, like: Tensor) -> Tensor:
         """Give the position in every slot, kept from now on beside what was appended."""
         if self.positions is None:
-            slots, filled = torch.arange(self.num_slots + self.spare_slots, device=like.device), self.cursor.length
+            slots, filled = torch.arange(self.num_slots, device=like.device), self.cursor.length
             self.positions, self.end, self.cursor.is_told = torch.where(slots < filled, slots, EMPTY)[None], filled, True
         return self.positions

@@ -9,6 +9,8 @@ from vidtok.digits import check_factors
 
 # Fields that the tokens' card decides; a user never sets them.
 FIELDS_FROM_CARD = ("codebook_size", "grid_height", "grid_width", "num_actions", "vocab_size", "max_position_embeddings")
+# Fields in which training notes what it showed the network; no user's to set either.
+FIELDS_FROM_TRAINING = ("action_dropout", "diagonal_share", "diagonal_window", "diagonal_delay")
 
 DEFAULT_WINDOW = 24
 DIGITS = ("slots", "parallel")
@@ -26,7 +28,8 @@ class VidGPTConfig(PreTrainedConfig):
     factors: an id of a large codebook as digits, coarsest first; [512,512] for 2**18 ids. null takes the tokenizer's own codebooks.
     digits: slots predicts the digits of a place one after the other, parallel all at once: fewer tokens, but independent digits.
     rope_theta: base of the rotary phases; small, because the axes are short. loss_chunk: logits (tokens x vocabulary) held at once
-    by the loss.
+    by the loss. draft_head: also learn to guess each token a frame before it is due, which decoding=speculative verifies: the same
+    tokens, sooner. action_dropout, diagonal_*: how it was trained, as the keys of vidgpt-train say it; 0 where it was not.
     """
 
     model_type = "vidgpt"
@@ -73,6 +76,11 @@ class VidGPTConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     use_cache: bool = True
     loss_chunk: int = 33_554_432
+    draft_head: bool = False
+    action_dropout: float = 0.0
+    diagonal_share: float = 0.0
+    diagonal_window: int = 0
+    diagonal_delay: int = 0
 
     def __post_init__(self, **kwargs: object) -> None:
         """Derive what depends on other fields."""

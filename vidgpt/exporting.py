@@ -13,18 +13,17 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+from vidgpt.checkpoint import load_checkpoint
 from vidgpt.config import VidGPTConfig
 from vidgpt.layout import TokenLayout
-from vidgpt.model import VidGPTForCausalLM
 from vidgpt.options import ExportOptions
-from vidgpt.rollout import check_model
-from vidtok.card import Card
-from vidtok.folders import OutputFolder, load_model, model_folder
+from vidtok.folders import OutputFolder, model_folder
 from vidtok.run.checkpoints import write_text
 
 RECORD_FILE = "export.json"
-# Copied as they are; config.json gets a line more.
+# Copied as they are, but for a draft head; config.json gets a line more.
 _COPIED = ("generation_config.json", "card.json", "model.safetensors")
 # Names that transformers' users look for; every other module keeps its own.
 _STEMS = {"vidgpt.config": "configuration_vidgpt", "vidgpt.model": "modeling_vidgpt"}
@@ -40,14 +39,26 @@ _PAGE = """\
 # A model that predicts video tokens
 
 It continues clips of token ids below {codebook_size} on a grid of {height} x {width}, up to {window} latent frames, context included.
-
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True); layout = model.model.layout
-    ids = model.generate(layout.flatten(indices{prompt}), max_new_tokens=future * layout.tokens_per_frame{actions})
-    clip = layout.unflatten(ids)
-
-indices: (B, t, {height}, {width}), whole frames of the context; clip: the same with `future` frames more.{explained}
 It needs torch, transformers and safetensors. trust_remote_code=True runs the .py files of this folder: read them first.
+Run in this folder:
+
+```python
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+layout, context, future = model.model.layout, {context}, {future}  # latent frames
+# Made up, in place of what the tokenizer gives of a video: (B, t, {height}, {width}), whole frames of the context.
+torch.manual_seed(0)
+indices = torch.randint(layout.codebook_size, (1, context, layout.height, layout.width))
+{made}length = future * layout.tokens_per_frame
+# The likeliest ids; without do_sample=False, generate draws them.
+clip = layout.unflatten(model.generate(layout.flatten({prompt}), max_new_tokens=length, do_sample=False{actions}))
+# Drawn from the model's distribution, another clip for each seed.
+torch.manual_seed(1)
+drawn = layout.unflatten(model.generate(layout.flatten({prompt}), max_new_tokens=length, do_sample=True{actions}))
+print(clip.shape, drawn.shape)  # the context, and `future` frames more
+```
 
 {pictures}
 
@@ -66,8 +77,7 @@ def export_checkpoint(options: ExportOptions) -> list[str]:
     output = OutputFolder(Path(options.output), RECORD_FILE, _OURS)
     output.check(names, checkpoint=str(folder), tokenizer=str(folder / "tokenizer"))
     # Loaded to be sure that the folder is whole, before anything of an earlier export is deleted.
-    model, card = load_model(VidGPTForCausalLM, folder), Card.load(folder)
-    check_model(card, model.config, f"the checkpoint {options.checkpoint}")
+    model, _ = load_checkpoint(folder)
     if model.model.layout.is_parallel:
         raise ValueError(
             f"the checkpoint {options.checkpoint} has digits=parallel, whose logits are no distribution over ids, so neither generate "
@@ -78,13 +88,23 @@ def export_checkpoint(options: ExportOptions) -> list[str]:
     for name in (*_COPIED, *tokenizer):
         (output.path / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / name, output.path / name)
+    _leave_out_draft_head(output.path / "model.safetensors")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    texts = {"config.json": json.dumps({**config, "auto_map": AUTO_MAP}, indent=2) + "\n"}
+    texts = {"config.json": json.dumps({**config, "draft_head": False, "auto_map": AUTO_MAP}, indent=2) + "\n"}
     texts |= {**code, "README.md": _page(model.config, bool(tokenizer))}
     for name, text in texts.items():
         write_text(output.path / name, text)
     print(f"exported to {output.path}; {output.path / 'README.md'} shows how to load it")
     return names
+
+
+def _leave_out_draft_head(weights: Path) -> None:
+    """Drop from a file what neither generate nor an engine runs, and an engine would take for another model's."""
+    found = load_file(weights)
+    # Copies, because what was loaded may still lie in the file.
+    kept = {name: value.clone() for name, value in found.items() if not name.startswith("draft_head.")}
+    if len(kept) < len(found):
+        save_file(kept, weights, metadata={"format": "pt"})
 
 
 def travelling_code() -> dict[str, str]:
@@ -116,10 +136,11 @@ def _tokenizer_files(folder: Path) -> list[str]:
 
 def _page(config: VidGPTConfig, has_tokenizer: bool) -> str:
     layout = TokenLayout.from_config(config)
-    explained = " actions: (B, t), one a frame, those to come included." if layout.num_actions else ""
+    made = "actions = torch.randint(layout.num_actions, (1, context + future))  # one a frame, those to come included\n"
+    context = min(2, config.window - 1)
     pictures = (
         "card.json and tokenizer/ are the tokenizer that made the ids: vidgpt-predict takes this folder as its checkpoint, and\n"
-        'vidtok.load_tokenizer("path/to/this/folder/tokenizer").decode(clip) gives the pictures.'
+        'vidtok.load_tokenizer("tokenizer"), in this folder, has encode(video), which gives indices, and decode(clip), the pictures.'
         if has_tokenizer
         else "The tokenizer that made the ids is not here, card.json tells which it was."
     )
@@ -128,9 +149,11 @@ def _page(config: VidGPTConfig, has_tokenizer: bool) -> str:
         height=layout.height,
         width=layout.width,
         window=config.window,
-        prompt=", actions[:, :t]" if layout.num_actions else "",
+        context=context,
+        future=min(4, config.window - context),
+        made=made if layout.num_actions else "",
+        prompt="indices, actions[:, :context]" if layout.num_actions else "indices",
         actions=", actions=actions" if layout.num_actions else "",
-        explained=explained,
         pictures=pictures,
         served=_served(config, layout),
     )

@@ -15,20 +15,23 @@ from vidtok.runner import Runner
 from vidtok.tokens import longest_row
 
 # What shapes no weight and changes no sum: training may go on with another value.
-CHANGEABLE = frozenset({"window", "attention_frames", "sink_frames", "attention_dropout", "loss_chunk", "use_cache"})
+CHANGEABLE = frozenset(
+    {"window", "attention_frames", "sink_frames", "attention_dropout", "loss_chunk", "use_cache", "draft_head"}
+)
 
 
 def build_gpt(runner: Runner, options: TrainGPTOptions, card: Card, model: Mapping[str, Any]) -> VidGPTForCausalLM:
-    """Build the transformer to train: of the keys of model=, or of init_from with its weights.
+    """Build the transformer to train: of the keys of model=, or of init_from with its weights. Its config notes how it is trained.
 
     model: with init_from only the keys that the user chose. A resumed run does not read init_from again: its weights come from the
     checkpoint, its architecture from what the first start noted. Raises ValueError for a key that contradicts init_from's network, and
     for other tokens than it was trained on.
     """
     if options.init_from is None:
-        return VidGPTForCausalLM(config_for(card, with_window(options, model), options.use_actions))
+        return VidGPTForCausalLM(noted(config_for(card, with_window(options, model), options.use_actions), options))
     if runner.is_resumed:
-        return VidGPTForCausalLM(VidGPTConfig.from_dict(json.loads(runner.first_value("architecture", ""))))
+        config = noted(VidGPTConfig.from_dict(json.loads(runner.first_value("architecture", ""))), options)
+        return _frozen(VidGPTForCausalLM(config), options)
     trained = _load(options, card)
     _check_same_architecture(trained.config, model, options.init_from)
     if options.use_actions != bool(trained.config.num_actions):
@@ -38,10 +41,23 @@ def build_gpt(runner: Runner, options: TrainGPTOptions, card: Card, model: Mappi
         )
     changes = {key: value for key, value in model.items() if key in CHANGEABLE and value is not None}
     window = with_window(options, changes, default=trained.config.window)
-    config = VidGPTConfig.from_dict(trained.config.to_diff_dict() | window)
+    config = noted(VidGPTConfig.from_dict(trained.config.to_diff_dict() | window), options)
+    if options.train_only:
+        config.draft_head = True
     network = VidGPTForCausalLM(config)
-    network.load_state_dict(trained.state_dict())
+    missing, unexpected = network.load_state_dict(trained.state_dict(), strict=False)
+    # A draft head may be new, or left out; load_model has seen that nothing else is amiss.
+    assert all(key.startswith("draft_head.") for key in (*missing, *unexpected))
     runner.first_value("architecture", json.dumps(config.to_diff_dict()))
+    return _frozen(network, options)
+
+
+def _frozen(network: VidGPTForCausalLM, options: TrainGPTOptions) -> VidGPTForCausalLM:
+    """Leave only what train_only names to be trained."""
+    if options.train_only:
+        network.requires_grad_(False)
+        assert network.draft_head is not None
+        network.draft_head.requires_grad_(True)
     return network
 
 
@@ -58,6 +74,16 @@ def config_for(card: Card, model: Mapping[str, Any], use_actions: bool = False) 
         grid_width=card.grid_width,
         num_actions=card.num_actions if use_actions else 0,
     )
+
+
+def noted(config: VidGPTConfig, options: TrainGPTOptions) -> VidGPTConfig:
+    """Note in a config how this run trains; what an earlier training showed the network, and this one does not, stays noted."""
+    if options.action_dropout:
+        config.action_dropout = float(options.action_dropout)
+    if options.diagonal.share:
+        plan = options.diagonal
+        config.diagonal_share, config.diagonal_window, config.diagonal_delay = float(plan.share), plan.window, plan.delay
+    return config
 
 
 def with_window(options: TrainGPTOptions, model: Mapping[str, Any], default: int = DEFAULT_WINDOW) -> dict[str, Any]:

@@ -15,8 +15,6 @@ from torch.nn import functional as F
 from vidgpt.cache import SlotCache, SlotLayer
 from vidgpt.model import DecoderLayer, VidGPTForCausalLM, embed_ids
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class FusedLayer:
@@ -27,6 +25,16 @@ class FusedLayer:
     mixed: Tensor
     gate_up: Tensor
     down: Tensor
+
+
+@dataclass(frozen=True)
+class FusedDraftHead:
+    """The matrices of the draft head, laid out alike; scale (size,) is what the final norm multiplies by."""
+
+    scale: Tensor
+    up: Tensor
+    down: Tensor
+    head: Tensor  # the same as of the transformer, without the scale
 
 
 @dataclass(frozen=True)
@@ -57,10 +65,15 @@ class FusedModel:
         self.cache_layer = cache_layer
         self.heads, self.groups = config.num_attention_heads, int(config.num_key_value_heads or 1)
         self.is_grouped = self.heads != self.groups
-        self.head_dim, self.eps = int(config.head_dim or 0), config.rms_norm_eps
+        self.head_dim = int(config.head_dim or 0)
+        self._floors = {
+            size: torch.tensor((size * config.rms_norm_eps) ** 0.5, device=self.device)
+            for size in (config.hidden_size, self.head_dim)
+        }
         with torch.no_grad():
             self.layers = [self._fuse(cast(DecoderLayer, layer)) for layer in body.layers]
             self.head = self._matrix(model.lm_head.weight * _scale(body.norm))
+            self.draft_head = None if model.draft_head is None else self._fuse_draft_head(model)
             self.embed_tokens, self.embed_slots = (part.weight.detach().clone() for part in (body.embed_tokens, body.embed_slots))
         self.is_compiled = use_compile
         self._forward = torch.compile(self._layers) if use_compile else self._layers
@@ -94,14 +107,25 @@ class FusedModel:
         is_causal: bool = False,
         keep: int = 1,
     ) -> Tensor:
-        """Read input_ids (B, n) into the cache, inside cache.writing; gives the logits (B, keep, num_logits) of the last ones.
+        """Read input_ids (B, n) into the cache, inside cache.writing; gives the states (B, keep, D) of the last ones, for `logits`.
 
         places: (B or 1, n), the slot within the frame. mask: (B or 1, 1, n, slots read), 0 or -inf in the weights' dtype; None: all
         that is read may be attended, or, with is_causal, what does not come behind.
         """
         hidden = embed_ids(self.layout, self._token_rows, input_ids) + self.embed_slots[places]
         hidden = self._forward(hidden.to(self.dtype), turns.cos, turns.sin, cache, mask, is_causal)
-        return F.linear(self._norm(hidden[:, -keep:]), self.head)
+        return self._norm(hidden[:, -keep:])
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Give the logits (B, n, num_logits) of what comes next, from states (B, n, D)."""
+        return F.linear(states, self.head)
+
+    def draft_logits(self, states: Tensor) -> Tensor:
+        """Give the draft head's logits (B, n, num_logits) of what comes a frame behind that, from states (B, n, D)."""
+        draft = self.draft_head
+        assert draft is not None, "a model without a draft head"
+        guessed = states * draft.scale + F.linear(F.silu(F.linear(states, draft.up)), draft.down)
+        return F.linear(guessed, draft.head)
 
     def _token_rows(self, rows: Tensor) -> Tensor:
         return F.embedding(rows, self.embed_tokens)
@@ -128,8 +152,9 @@ class FusedModel:
     def _norm(self, states: Tensor) -> Tensor:
         """Norm of length 1 over the last axis, in fp32: a root-mean-square norm, but for its weights and sqrt(size), which they carry."""
         wide = states.float()
-        # Not mean(), which is a copy and a division more.
-        return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + states.shape[-1] * self.eps)).to(states.dtype)
+        # The length with the floor under it in three calls, where a mean of squares takes six.
+        length = torch.hypot(torch.linalg.vector_norm(wide, dim=-1, keepdim=True), self._floors[states.shape[-1]])
+        return (wide / length).to(states.dtype)
 
     def _fuse(self, layer: DecoderLayer) -> FusedLayer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -144,6 +169,16 @@ class FusedModel:
             self._matrix(attention.o_proj.weight),
             self._matrix(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * _scale(layer.post_attention_layernorm)),
             self._matrix(mlp.down_proj.weight),
+        )
+
+    def _fuse_draft_head(self, model: VidGPTForCausalLM) -> FusedDraftHead:
+        assert model.draft_head is not None
+        scale = _scale(self.body.norm)
+        return FusedDraftHead(
+            scale.to(self.dtype),
+            self._matrix(model.draft_head.up_proj.weight * scale),
+            self._matrix(model.draft_head.down_proj.weight),
+            self._matrix(model.lm_head.weight),
         )
 
     def _matrix(self, weight: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Token metrics and the baselines that give them meaning; nothing here knows of pixels.
+"""Token metrics of a regime; nothing here knows of pixels, but for how many there are.
 
-Every figure is a sum over tokens, kept in float64 by (frame, row, column) and divided once at the end, so clips and
+Every figure is a sum over tokens, kept in float64 by clip and (frame or place) and divided once at the end, so clips and
 batches weigh by their token count. Separators and actions never enter: only picture tokens are scored. A token is one id of a
 place, also where a model predicts it in several digits.
 """
@@ -8,290 +8,272 @@ place, also where a model predicts it in several digits.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor
 
+from vidgpt.baselines import Baselines
+from vidgpt.calibration import BINS, Calibration, expected_calibration_error
+from vidgpt.clip_sums import Bootstrap, ClipSums, Sums, weighted
 from vidgpt.counts import TokenCounts
-from vidtok.digits import split_digits
+from vidgpt.scores import TokenScores, changed_tokens
+
+__all__ = ["Baselines", "Bootstrap", "Figures", "RolloutMeter", "TokenCounts", "TokenMeter", "changed_tokens", "gap"]
 
 Figures = dict[str, float | int | None]
-TOP = 5
+CALIBRATION = f"expected_calibration_error_{BINS}_bins_fraction"
+LOW, HIGH = "_ci95_low", "_ci95_high"
+HELD_RESAMPLES = 1 << 18  # rows times resamples at once
 
 
-@dataclass(frozen=True)
-class TokenScores:
-    """How well each true token was predicted; three float64 tensors of one shape (B, t, h, w)."""
-
-    nats: Tensor  # -log p(true token)
-    top1: Tensor  # 1 where the likeliest token is the true one
-    top5: Tensor  # 1 where the true one is among the five likeliest; NaN where scores of digits do not tell it
-    digits: tuple[TokenScores, ...] = ()  # of each digit, where a token has several and the forecaster tells them
+def divided(part: Tensor, whole: Tensor) -> Tensor:
+    """Divide; NaN (None in a row, null in JSON) where nothing was counted or a part of it is not known."""
+    return torch.where(whole > 0, part / whole, math.nan)
 
 
-def join_scores(digits: Sequence[TokenScores]) -> TokenScores:
-    """Score tokens by their digits, each predicted given the true ones before it or independent of them.
+def make_rows(sums: Sums, figures: Callable[[Sums], Sums], bounded: Sequence[str], bootstrap: Bootstrap | None) -> list[Figures]:
+    """Turn sums of each clip (clips, n, ...) into n rows of figures, with the bounds of the `bounded` ones where there is a bootstrap."""
+    clips, count = next(iter(sums.values())).shape[:2]
+    # So many rows at a time that their resamples stay small.
+    step = count if bootstrap is None else max(1, HELD_RESAMPLES // bootstrap.resamples)
+    rows = []
+    for start in range(0, count, max(1, step)):
+        part = {name: values[:, start : start + step] for name, values in sums.items()}
+        found = figures(weighted(part))
+        if bootstrap is not None and clips > 1:
+            kept = [name for name in bounded if name in found]
+            low, high = bootstrap.interval(clips, partial(_resampled, part, figures, kept))
+            for number, name in enumerate(kept):
+                found |= {name + LOW: low[number], name + HIGH: high[number]}
+        rows += [
+            {name: as_number(name, float(values[row])) for name, values in found.items()}
+            for row in range(len(found["tokens_count"]))
+        ]
+    return rows
 
-    By the chain rule nats add up; a token is right where all its digits are, since greedy decoding finds it just then.
+
+def _resampled(sums: Sums, figures: Callable[[Sums], Sums], names: Sequence[str], weights: Tensor) -> Tensor:
+    """Give figures (R, names, n) of sums of each clip and weights (R, clips)."""
+    found = figures(weighted(sums, weights))
+    return torch.stack([found[name] for name in names], dim=1)
+
+
+def rows_by_clip(sums: Sums, figures: Callable[[Sums], Sums]) -> list[Figures]:
+    """Turn sums of each clip (clips,) into a row of figures a clip, with the tokens that changed: the weight of accuracy on these.
+
+    Means over clips, weighted by their counts, are the figures of all clips. The perplexity, which has no such mean, and bits, which are
+    nats, stay out.
     """
-    if len(digits) == 1:
-        return digits[0]
-    nats = torch.stack([digit.nats for digit in digits]).sum(0)
-    top1 = torch.stack([digit.top1 for digit in digits]).prod(0)
-    return TokenScores(nats, top1, torch.full_like(nats, math.nan), tuple(digits))
+
+    def of_clips(part: Sums) -> Sums:
+        found = figures(part) | {"changed_tokens_count": part["changed"]}
+        return {name: found[name] for name in found if name not in ("perplexity_tokens", "cross_entropy_bits_per_token")}
+
+    return make_rows({name: values[None] for name, values in sums.items()}, of_clips, (), None)
 
 
-def score_logits(logits: Tensor, targets: Tensor) -> TokenScores:
-    """Score logits (..., V) against targets (...) in [0, V).
-
-    The softmax runs over the V given entries in fp32: cut away ids that are illegal at these slots first. Of equal
-    logits the lower id ranks first, as argmax has it.
-    """
-    chosen = rearrange(targets, "... -> ... 1")
-    nats = -logits.float().log_softmax(-1).gather(-1, chosen).squeeze(-1)
-    target_logits = logits.gather(-1, chosen)
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    ahead = (logits > target_logits) | ((logits == target_logits) & (ids < chosen))
-    rank = ahead.sum(-1)
-    return TokenScores(nats.cpu().double(), (rank < 1).cpu().double(), (rank < TOP).cpu().double())
-
-
-def changed_tokens(indices: Tensor) -> Tensor:
-    """Mark tokens that differ from the frame before, at the same place: (B, t, h, w) to bool (B, t - 1, h, w)."""
-    return indices[:, 1:] != indices[:, :-1]
-
-
-class GridSums:
-    """Named float64 sums by (frame, row, column) over clips of any length; the field "tokens" tells what was counted."""
-
-    def __init__(self, fields: Sequence[str], grid: tuple[int, int]) -> None:
-        self.fields = tuple(fields)
-        self.sums = torch.zeros(len(self.fields), 0, *grid, dtype=torch.float64)
-
-    def add(self, first_frame: int, **values: Tensor) -> None:
-        """Add values (B, t, h, w), one tensor a field, for frames first_frame .. first_frame + t - 1 of B clips."""
-        stacked = torch.stack([reduce(values[name].cpu().double(), "B t h w -> t h w", "sum") for name in self.fields])
-        end = first_frame + stacked.shape[1]
-        missing = max(0, end - self.sums.shape[1])
-        self.sums = torch.cat([self.sums, self.sums.new_zeros(len(self.fields), missing, *self.sums.shape[2:])], dim=1)
-        self.sums[:, first_frame:end] += stacked
-
-    def total(self) -> dict[str, float]:
-        """Give the sum of each field over everything."""
-        return dict(zip(self.fields, self.sums.sum((1, 2, 3)).tolist(), strict=True))
-
-    def by_frame(self) -> dict[int, dict[str, float]]:
-        """Give the sums of every frame index that was seen."""
-        rows = rearrange(reduce(self.sums, "field t h w -> field t", "sum"), "field t -> t field").tolist()
-        named = {frame: dict(zip(self.fields, row, strict=True)) for frame, row in enumerate(rows)}
-        return {frame: row for frame, row in named.items() if row["tokens"]}
-
-    def by_position(self) -> dict[tuple[int, int], dict[str, float]]:
-        """Give the sums of every place (row, column) of the grid."""
-        width = self.sums.shape[-1]
-        cells = rearrange(reduce(self.sums, "field t h w -> field h w", "sum"), "field h w -> (h w) field").tolist()
-        return {divmod(place, width): dict(zip(self.fields, cell, strict=True)) for place, cell in enumerate(cells)}
-
-
-def ratio(part: float, whole: float) -> float | None:
-    """Divide, or give None (null in JSON) where nothing was counted."""
-    return part / whole if whole else None
-
-
-def known_ratio(part: float, whole: float) -> float | None:
-    """Divide, or give None where nothing was counted or a part of it is not known (NaN)."""
-    return None if math.isnan(part) else ratio(part, whole)
+def as_number(name: str, value: float) -> float | int | None:
+    """Give a figure as JSON has it: a count is whole, an unknown one is null."""
+    if math.isnan(value):
+        return None
+    return int(value) if name.endswith("_count") else value
 
 
 class TokenMeter:
-    """Accumulate teacher-forced scores over clips."""
+    """Accumulate scores of clips whose past is the real one: teacher-forced, or temporally teacher-forced.
 
-    def __init__(self, grid: tuple[int, int], num_digits: int = 1) -> None:
-        self.tokens_per_frame = math.prod(grid)
+    pixels_per_frame: pixels that a latent frame after the first stands for, where they are known. has_generated: whether frames come
+    too, which the model made itself from the real ones before.
+    """
+
+    bounded = (
+        *("cross_entropy_nats_per_token", "top1_accuracy_fraction", "top5_accuracy_fraction", CALIBRATION),
+        *("top1_accuracy_on_changed_tokens_fraction", "generated_accuracy_fraction", "changed_tokens_generated_fraction"),
+    )
+
+    def __init__(
+        self, grid: tuple[int, int], num_digits: int = 1, pixels_per_frame: int | None = None, has_generated: bool = False
+    ) -> None:
+        self.tokens_per_frame, self.pixels_per_frame, self.has_generated = math.prod(grid), pixels_per_frame, has_generated
+        self.width = grid[1]
         self.digits = [f"digit_{digit}" for digit in range(num_digits)] if num_digits > 1 else []
         fields = [f"{digit}_{field}" for digit in self.digits for field in ("nats", "top1")]
-        self.grid_sums = GridSums(("tokens", "nats", "top1", "top5", "changed", "changed_top1", *fields), grid)
+        made = ("generated_hits", "generated_changed") if has_generated else ()
+        self.sums = ClipSums(("tokens", "nats", "top1", "top5", "changed", "changed_top1", *made, *fields), grid)
+        self.calibration = Calibration(grid)
 
-    def update(self, scores: TokenScores, changed: Tensor, first_frame: int = 1) -> None:
-        """Add scores of B clips; changed: bool (B, t, h, w), see changed_tokens; first_frame: the clip's frame they begin at."""
+    def update(
+        self, scores: TokenScores, changed: Tensor, first_frame: int = 1, generated: dict[str, Tensor] | None = None
+    ) -> None:
+        """Add scores of B clips; changed: bool (B, t, h, w), see changed_tokens; first_frame: the clip's frame they begin at.
+
+        generated: where the model's own tokens are the real ones ("hits") and where they differ from the real frame before ("changed").
+        """
         moved, unknown = changed.cpu().double(), torch.full_like(scores.nats, math.nan)
-        digits = scores.digits or (TokenScores(unknown, unknown, unknown),) * len(self.digits)
+        digits = scores.digits or (TokenScores(unknown, unknown, unknown, confidence=unknown),) * len(self.digits)
         named = list(zip(self.digits, digits, strict=True))
-        self.grid_sums.add(
-            first_frame,
-            tokens=torch.ones_like(scores.nats),
-            nats=scores.nats,
-            top1=scores.top1,
-            top5=scores.top5,
-            changed=moved,
-            changed_top1=moved * scores.top1,
+        values = {
+            "tokens": torch.ones_like(scores.nats),
+            "nats": scores.nats,
+            "top1": scores.top1,
+            "top5": scores.top5,
+            "changed": moved,
+            "changed_top1": moved * scores.top1,
+            **{f"generated_{name}": made for name, made in (generated or {}).items()},
             **{f"{name}_nats": digit.nats for name, digit in named},
             **{f"{name}_top1": digit.top1 for name, digit in named},
-        )
-
-    def summary(self) -> Figures:
-        """Give every figure under a key that names its unit; None where nothing was counted."""
-        figures = self._figures(self.grid_sums.total())
-        bits = figures["cross_entropy_bits_per_token"]
-        return figures | {"cross_entropy_bits_per_frame": None if bits is None else bits * self.tokens_per_frame}
-
-    def by_frame(self) -> list[Figures]:
-        """Give one row a frame index."""
-        return [{"frame_index": frame} | self._figures(sums) for frame, sums in self.grid_sums.by_frame().items()]
-
-    def by_position(self) -> list[Figures]:
-        """Give one row a place of the grid."""
-        return [{"row": y, "column": x} | self._figures(sums) for (y, x), sums in self.grid_sums.by_position().items()]
-
-    def _figures(self, sums: dict[str, float]) -> Figures:
-        nats = ratio(sums["nats"], sums["tokens"])
-        return {
-            "tokens_count": int(sums["tokens"]),
-            "cross_entropy_nats_per_token": nats,
-            "cross_entropy_bits_per_token": None if nats is None else nats / math.log(2),
-            # Beyond 700 nats exp overflows; no codebook has e^700 entries, the cap only keeps the JSON finite.
-            "perplexity_tokens": None if nats is None else math.exp(min(nats, 700.0)),
-            "top1_accuracy_fraction": ratio(sums["top1"], sums["tokens"]),
-            "top5_accuracy_fraction": known_ratio(sums["top5"], sums["tokens"]),
-            "top1_accuracy_on_changed_tokens_fraction": ratio(sums["changed_top1"], sums["changed"]),
-            "changed_tokens_fraction": ratio(sums["changed"], sums["tokens"]),
-            **{f"{name}_cross_entropy_nats_per_token": known_ratio(sums[f"{name}_nats"], sums["tokens"]) for name in self.digits},
-            **{f"{name}_top1_accuracy_fraction": known_ratio(sums[f"{name}_top1"], sums["tokens"]) for name in self.digits},
         }
+        self.sums.add(first_frame, values)
+        self.calibration.add(first_frame, scores.confidence, scores.top1)
+
+    def summary(self, bootstrap: Bootstrap | None = None) -> Figures:
+        """Give every figure under a key that names its unit; None where nothing was counted."""
+        sums = self.sums.total() | self.calibration.total()
+        (row,) = make_rows({name: values[:, None] for name, values in sums.items()}, self.figures, self.bounded, bootstrap)
+        nats, bits = (row[f"cross_entropy_{unit}_per_token"] for unit in ("nats", "bits"))
+        sizes = {"frame": 1} | ({"pixel": self.pixels_per_frame} if self.pixels_per_frame else {})
+        for unit, value in (("nats", nats), ("bits", bits)):
+            for name, size in sizes.items():
+                row[f"cross_entropy_{unit}_per_{name}"] = None if value is None else value * self.tokens_per_frame / size
+        return row
+
+    def by_frame(self, bootstrap: Bootstrap | None = None) -> list[Figures]:
+        """Give one row a frame index."""
+        rows = make_rows(self.sums.by_frame() | self.calibration.by_frame(), self.figures, self.bounded, bootstrap)
+        return [{"frame_index": frame} | row for frame, row in enumerate(rows) if row["tokens_count"]]
+
+    def by_position(self, bootstrap: Bootstrap | None = None) -> list[Figures]:
+        """Give one row a place of the grid; the calibration error without bounds, which would need all bins of every clip and place."""
+        bins = expected_calibration_error(*self.calibration.by_place().values())
+        rows = make_rows(self.sums.by_place(), self.figures, self.bounded, bootstrap)
+        places = [{"row": place // self.width, "column": place % self.width} for place in range(len(rows))]
+        return [
+            {**place, **row, CALIBRATION: as_number(CALIBRATION, float(error))}
+            for place, row, error in zip(places, rows, bins, strict=True)
+        ]
+
+    def by_clip(self) -> list[Figures]:
+        """Give one row a clip, in the order they came; no calibration error, which of a single clip is mostly chance."""
+        return rows_by_clip(self.sums.total(), self.figures)
+
+    def figures(self, sums: Sums) -> Sums:
+        """Turn sums (...) into figures (...), NaN where nothing was counted."""
+        tokens, nats = sums["tokens"], divided(sums["nats"], sums["tokens"])
+        found = {
+            "tokens_count": tokens,
+            "cross_entropy_nats_per_token": nats,
+            "cross_entropy_bits_per_token": nats / math.log(2),
+            # Beyond 700 nats exp overflows; no codebook has e^700 entries, the cap only keeps the JSON finite.
+            "perplexity_tokens": nats.clamp(max=700.0).exp(),
+            "top1_accuracy_fraction": divided(sums["top1"], tokens),
+            "top5_accuracy_fraction": divided(sums["top5"], tokens),
+            "top1_accuracy_on_changed_tokens_fraction": divided(sums["changed_top1"], sums["changed"]),
+            "changed_tokens_fraction": divided(sums["changed"], tokens),
+        }
+        if "bin_count" in sums:
+            found[CALIBRATION] = expected_calibration_error(*(sums[name] for name in Calibration.names))
+        if self.has_generated:
+            found["generated_accuracy_fraction"] = divided(sums["generated_hits"], tokens)
+            found["changed_tokens_generated_fraction"] = divided(sums["generated_changed"], tokens)
+        for name in self.digits:
+            found[f"{name}_cross_entropy_nats_per_token"] = divided(sums[f"{name}_nats"], tokens)
+            found[f"{name}_top1_accuracy_fraction"] = divided(sums[f"{name}_top1"], tokens)
+        return found
+
+
+def gap(meter: TokenMeter, law: TokenMeter, bootstrap: Bootstrap | None = None) -> Figures:
+    """Give by how many nats a token a forecaster lies above the true law on the same tokens, with the bounds of the paired difference."""
+    sums = {"tokens": meter.sums.total()["tokens"], "nats": meter.sums.total()["nats"] - law.sums.total()["nats"]}
+
+    def figures(part: Sums) -> Sums:
+        return {"tokens_count": part["tokens"], "gap_nats_per_token": divided(part["nats"], part["tokens"])}
+
+    (row,) = make_rows({name: values[:, None] for name, values in sums.items()}, figures, ["gap_nats_per_token"], bootstrap)
+    return {name: value for name, value in row.items() if name != "tokens_count"}
 
 
 class RolloutMeter:
     """Compare free-running futures with the real ones, by horizon; a frame's horizon is 1 for the first predicted frame."""
 
+    bounded = (
+        *("top1_accuracy_fraction", "top1_accuracy_on_changed_tokens_fraction"),
+        *("changed_tokens_real_fraction", "changed_tokens_generated_fraction"),
+    )
+
     def __init__(self, grid: tuple[int, int]) -> None:
-        fields = ("tokens", "hits", "copy_hits", "changed", "changed_hits", "changed_generated")
-        self.grid_sums = GridSums(fields, grid)
+        fields = ("tokens", "hits", "copy_hits", "changed", "changed_hits", "changed_generated", "bits_real", "bits_generated")
+        self.sums, self.width = ClipSums(fields, grid), grid[1]
 
     def update(self, generated: Tensor, real: Tensor, last: Tensor) -> None:
         """Add generated and real frames (B, t, h, w) that follow the last given frame (B, h, w)."""
         first = rearrange(last, "B h w -> B 1 h w")
+        changes = changed_tokens(torch.cat([first, generated], dim=1))
+        self._add(real, first, generated == real, changes, frame_surprise(generated))
+
+    def update_uniform(self, codebook_size: int, real: Tensor, last: Tensor) -> None:
+        """Add frames of equally likely ids, of which nothing but expectations is needed; the entropy of a frame has none in closed form."""
+        first, hits = rearrange(last, "B h w -> B 1 h w"), torch.full(real.shape, 1 / codebook_size, dtype=torch.float64)
+        self._add(real, first, hits, 1 - hits, torch.full_like(hits, math.nan))
+
+    def _add(self, real: Tensor, first: Tensor, hits: Tensor, changed_generated: Tensor, bits_generated: Tensor) -> None:
         changed = changed_tokens(torch.cat([first, real], dim=1))
-        hits = generated == real
-        self.grid_sums.add(
-            0,
-            tokens=torch.ones_like(real),
-            hits=hits,
-            copy_hits=real == first,
-            changed=changed,
-            changed_hits=hits & changed,
-            changed_generated=changed_tokens(torch.cat([first, generated], dim=1)),
-        )
+        values = {
+            "tokens": torch.ones_like(real),
+            "hits": hits,
+            "copy_hits": real == first,
+            "changed": changed,
+            "changed_hits": hits * changed,
+            "changed_generated": changed_generated,
+            "bits_real": frame_surprise(real),
+            "bits_generated": bits_generated,
+        }
+        self.sums.add(0, values)
 
-    def summary(self) -> Figures:
+    def summary(self, bootstrap: Bootstrap | None = None) -> Figures:
         """Give every figure under a key that names its unit; None where nothing was counted."""
-        return self._figures(self.grid_sums.total())
+        sums = {name: values[:, None] for name, values in self.sums.total().items()}
+        return make_rows(sums, self._figures, self.bounded, bootstrap)[0]
 
-    def by_frame(self) -> list[Figures]:
+    def by_frame(self, bootstrap: Bootstrap | None = None) -> list[Figures]:
         """Give one row a horizon."""
-        return [{"horizon_frames": k + 1} | self._figures(sums) for k, sums in self.grid_sums.by_frame().items()]
+        rows = make_rows(self.sums.by_frame(), self._figures, self.bounded, bootstrap)
+        return [{"horizon_frames": k + 1} | row for k, row in enumerate(rows) if row["tokens_count"]]
 
-    def by_position(self) -> list[Figures]:
-        """Give one row a place of the grid."""
-        return [{"row": y, "column": x} | self._figures(sums) for (y, x), sums in self.grid_sums.by_position().items()]
+    def by_position(self, bootstrap: Bootstrap | None = None) -> list[Figures]:
+        """Give one row a place of the grid; no entropy, which is of frames."""
+        rows = make_rows(self.sums.by_place(), self._figures, self.bounded, bootstrap)
+        kept = [{name: value for name, value in row.items() if not name.startswith("frame_entropy")} for row in rows]
+        return [{"row": place // self.width, "column": place % self.width} | row for place, row in enumerate(kept)]
+
+    def by_clip(self) -> list[Figures]:
+        """Give one row a clip, in the order they came."""
+        return rows_by_clip(self.sums.total(), self._figures)
 
     @staticmethod
-    def _figures(sums: dict[str, float]) -> Figures:
+    def _figures(sums: Sums) -> Sums:
+        tokens = sums["tokens"]
         return {
-            "tokens_count": int(sums["tokens"]),
-            "top1_accuracy_fraction": ratio(sums["hits"], sums["tokens"]),
-            "top1_accuracy_on_changed_tokens_fraction": ratio(sums["changed_hits"], sums["changed"]),
-            "copy_last_given_frame_accuracy_fraction": ratio(sums["copy_hits"], sums["tokens"]),
-            "changed_tokens_real_fraction": ratio(sums["changed"], sums["tokens"]),
-            "changed_tokens_generated_fraction": ratio(sums["changed_generated"], sums["tokens"]),
+            "tokens_count": tokens,
+            "top1_accuracy_fraction": divided(sums["hits"], tokens),
+            "top1_accuracy_on_changed_tokens_fraction": divided(sums["changed_hits"], sums["changed"]),
+            "copy_last_given_frame_accuracy_fraction": divided(sums["copy_hits"], tokens),
+            "changed_tokens_real_fraction": divided(sums["changed"], tokens),
+            "changed_tokens_generated_fraction": divided(sums["changed_generated"], tokens),
+            "frame_entropy_real_bits": divided(sums["bits_real"], tokens),
+            "frame_entropy_generated_bits": divided(sums["bits_generated"], tokens),
         }
 
 
-class Baselines:
-    """Four forecasts without a network, made from training counts; none depends on a model.
+def frame_surprise(indices: Tensor) -> Tensor:
+    """Give -log2 of how often each id of (B, t, h, w) stands in its own frame: float64, whose mean over a frame is its entropy.
 
-    Of ids with several digits, uniform and unigram also tell the same of each digit. These do not add up to the unigram of ids:
-    an id's digits depend on each other.
+    That is the entropy in bits of the histogram of a frame's ids, at most log2(h * w): 0 for one colour, high for noise.
     """
-
-    names = ("uniform", "unigram", "unigram_by_position", "copy_last_frame_smoothed")
-
-    def __init__(self, counts: TokenCounts) -> None:
-        self.counts, self.places = counts, counts.by_position
-        self.same_probability = counts.same_probability()
-        self.unigram = counts.unigram()
-        self.rank = _ranks(self.unigram)
-        self.digits = [(unigram, _ranks(unigram)) for unigram in counts.digit_unigrams()]
-        self.seen, distinct = self.places.totals()
-        # Witten-Bell back-off: a place that showed many different ids leaves more room for the overall frequencies.
-        self.back_off = distinct.clamp(min=1)
-        self.top_by_position = self.places.likeliest(self.unigram, self.back_off, min(TOP, len(self.unigram)))
-
-    def scores(self, indices: Tensor) -> dict[str, TokenScores]:
-        """Score frames 1 .. t - 1 of clips (B, t, h, w) under every baseline."""
-        indices = indices.detach().cpu().long()
-        past, targets = indices[:, :-1], indices[:, 1:]
-        return {
-            "uniform": self._uniform(targets),
-            "unigram": self._unigram(targets),
-            "unigram_by_position": self._unigram_by_position(targets),
-            "copy_last_frame_smoothed": self._copy_last_frame(past, targets),
-        }
-
-    def _look_up(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Give p(id) of indices (...) by overall frequency, and their rank: an id that was not seen ranks behind all others."""
-        index, is_known = self.places.find(indices)
-        probability, rank = self.unigram[index], self.rank[index]
-        if is_known.all():
-            return probability, rank
-        probability = torch.where(is_known, probability, self.counts.unseen(indices))
-        # Behind the first five too, of which fewer ids than that were seen.
-        return probability, rank.masked_fill(~is_known, max(len(self.unigram), TOP))
-
-    def _uniform(self, targets: Tensor) -> TokenScores:
-        """Score equal probabilities; a blind guess hits in one of V, which is entered as an exact expectation."""
-        digits = [_equal(len(unigram), targets.shape) for unigram, _ in self.digits]
-        return replace(_equal(self.counts.codebook_size, targets.shape), digits=tuple(digits))
-
-    def _unigram(self, targets: Tensor) -> TokenScores:
-        """Score the overall frequency of ids, and that of the values of each digit."""
-        values = split_digits(targets, self.counts.factors).unbind(-1) if self.digits else ()
-        digits = [_frequent(unigram[value], rank[value]) for (unigram, rank), value in zip(self.digits, values, strict=True)]
-        return replace(_frequent(*self._look_up(targets)), digits=tuple(digits))
-
-    def _unigram_by_position(self, targets: Tensor) -> TokenScores:
-        """Score the frequency of ids at this place, backed off to the overall frequency."""
-        unigram, _ = self._look_up(targets)
-        probability = (self.places.at(targets) + self.back_off * unigram) / (self.seen + self.back_off)
-        hits = self.top_by_position == rearrange(targets, "... -> ... 1")
-        return TokenScores(-probability.log(), hits[..., 0].double(), hits.any(-1).double())
-
-    def _copy_last_frame(self, past: Tensor, targets: Tensor) -> TokenScores:
-        """Score the id of the frame before; accuracy is that of copying, whatever the probabilities.
-
-        Cross-entropy needs a distribution: the training share of unchanged tokens goes to the id before, the rest to the
-        other ids by their overall frequency.
-        """
-        stays = past == targets
-        (unigram, rank), (past_unigram, past_rank) = self._look_up(targets), self._look_up(past)
-        moves = (1 - self.same_probability) * unigram / (1 - past_unigram)
-        probability = torch.where(stays, torch.tensor(self.same_probability, dtype=torch.float64), moves)
-        rank_among_others = rank - (past_rank < rank).long()
-        return TokenScores(-probability.log(), stays.double(), (stays | (rank_among_others < TOP - 1)).double())
-
-
-def _equal(size: int, shape: torch.Size) -> TokenScores:
-    values = (math.log(size), 1 / size, min(TOP / size, 1.0))
-    nats, top1, top5 = (torch.full(shape, value, dtype=torch.float64) for value in values)
-    return TokenScores(nats, top1, top5)
-
-
-def _ranks(unigram: Tensor) -> Tensor:
-    """Give the rank of each id by its frequency (V,), 0 the most frequent; of equal ones the lower id ranks first."""
-    return torch.argsort(torch.argsort(unigram, descending=True, stable=True))
-
-
-def _frequent(probability: Tensor, rank: Tensor) -> TokenScores:
-    return TokenScores(-probability.log(), (rank < 1).double(), (rank < TOP).double())
+    flat = rearrange(indices, "B t h w -> (B t) (h w)")
+    # Row by row, because a table of all pairs of places would hold (h w)^2 entries a frame.
+    counts = [ids.unique(return_inverse=True, return_counts=True)[1:] for ids in flat]
+    share = torch.stack([numbers[place] for place, numbers in counts]).double() / flat.shape[1]
+    return -share.log2().view(indices.shape)

@@ -8,11 +8,13 @@ Travels with exported models (vidgpt.exporting), so the modules of this file's c
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -223,6 +225,29 @@ class VidGPTModel(VidGPTPreTrainedModel):
         return mask
 
 
+class DraftHead(nn.Module):
+    """From what predicts a token to what predicts the token of that place one frame later: one residual block before the same lm_head.
+
+    It begins as a copy of the token of now. Source: the heads of Medusa, arXiv:2401.10774, with the distance of a frame.
+    """
+
+    def __init__(self, config: VidGPTConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=False)
+        self.down_proj = BranchEnd(2 * config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Keep the shape (B, L, D)."""
+        return hidden_states + self.down_proj(F.silu(self.up_proj(hidden_states)))
+
+
+@dataclass
+class VidGPTOutput(CausalLMOutputWithPast):
+    """What transformers gives, and draft_loss: that of the draft head, a scalar in nats a place."""
+
+    draft_loss: Tensor | None = None
+
+
 class VidGPTForCausalLM(VidGPTPreTrainedModel, GenerationMixin):
     """VidGPTModel and a head over the vocabulary; logits at p are for position p + 1."""
 
@@ -234,6 +259,7 @@ class VidGPTForCausalLM(VidGPTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = VidGPTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, self.model.layout.num_logits, bias=False)
+        self.draft_head = DraftHead(config) if config.draft_head else None
         self.post_init()
         # Without top_k = 0 transformers keeps only the 50 likeliest ids; it accepts the key in a sampling config alone.
         self.generation_config.do_sample, self.generation_config.top_k = True, 0
@@ -247,20 +273,31 @@ class VidGPTForCausalLM(VidGPTPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        draft_labels: Tensor | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> VidGPTOutput:
         """Give logits (B, L or logits_to_keep, V), or, when labels (B, L) are given, the loss alone: a scalar in nats a place.
 
         V is the layout's num_logits; TokenLayout.due_logits cuts out those of each digit. Labels are ids at their own places (they
-        are shifted here) and IGNORED where nothing is to be learned.
+        are shifted here) and IGNORED where nothing is to be learned. draft_labels: those of the draft head, which are the ids a frame
+        later, shifted likewise; nothing but that head learns from them.
         """
         outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache, **kwargs)
         hidden_states = outputs.last_hidden_state
         if labels is not None:
             loss = place_cross_entropy(hidden_states, self.lm_head.weight, labels, self.model.layout, self.config.loss_chunk)
-            return CausalLMOutputWithPast(loss=loss, past_key_values=outputs.past_key_values)
+            draft_loss = None if draft_labels is None else self.draft_loss(hidden_states, draft_labels)
+            return VidGPTOutput(loss=loss, draft_loss=draft_loss, past_key_values=outputs.past_key_values)
         logits = self.lm_head(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
+        return VidGPTOutput(logits=logits, past_key_values=outputs.past_key_values)
+
+    def draft_loss(self, hidden_states: Tensor, draft_labels: Tensor) -> Tensor:
+        """Give the loss of the draft head over the last hidden states (B, L, D), in nats a place; draft_labels as in forward."""
+        if self.draft_head is None:
+            raise ValueError("draft_labels came for a model without a draft head: train with model.draft_head=true")
+        # Detached: guesses are there to be verified, and must not bend what verifies them.
+        states, head = self.draft_head(hidden_states.detach()), self.lm_head.weight.detach()
+        return place_cross_entropy(states, head, draft_labels, self.model.layout, self.config.loss_chunk)
 
     def generate(
         self,

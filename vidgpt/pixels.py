@@ -1,25 +1,25 @@
-"""PSNR of predicted frames by horizon, beside copying the last frame and the tokenizer's own ceiling."""
+"""The demo's held-out clips: PSNR of predicted frames by horizon, beside the baselines and the tokenizer's own ceiling."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from einops import repeat
 from torch import Tensor
 
 from vidgpt.rollout import Predictor
 from vidgpt.sampling import SamplingOptions
 from vidtok.metrics import psnr_by_frame
+from vidtok.video_metrics.predictors import baseline_rows
 
 
 @dataclass(frozen=True)
-class PixelReport:
+class HeldOutReport:
     """Clips with their predictions, and PSNR in dB by horizon: entry 0 is the first predicted frame."""
 
     real: Tensor  # (B, 3, context + future, H, W)
     predicted: Tensor  # the same shape; given frames are the real ones
     ceiling: Tensor  # the same shape; encoded and decoded
-    psnr_db: dict[str, list[float]]  # prediction, copy_last_frame, tokenizer_ceiling: mean over clips of each frame's value
+    psnr_db: dict[str, list[float]]  # prediction, each baseline, tokenizer_ceiling: mean over clips of each frame's value
 
     def gain_db(self, first: int, last: int) -> float:
         """Give the mean gain over copying at horizons first .. last, from 1."""
@@ -36,7 +36,7 @@ def evaluate_pixels(
     options: SamplingOptions | None = None,
     seed: int = 0,
     history: int = 0,
-) -> PixelReport:
+) -> HeldOutReport:
     """Predict what follows the first `history + context` frames of clips (B, 3, T, H, W) and compare with what did follow.
 
     Greedy unless options say otherwise. context, history: as Predictor.predict takes them; the report is without the history.
@@ -47,7 +47,7 @@ def evaluate_pixels(
     ceiling = predictor.decode(predictor.encode(video))[:, :, history : video.shape[2]]
     predicted = predictor.predict(given, future, seed=seed, options=options, actions=actions, history=history)
     truth = real[:, :, context:]
-    copied = repeat(real[:, :, context - 1], "b c h w -> b c t h w", t=future)
-    forecasts = {"prediction": predicted, "copy_last_frame": copied, "tokenizer_ceiling": ceiling[:, :, context:]}
+    baselines = baseline_rows(real[:, :, :context], future)
+    forecasts = {"prediction": predicted, **baselines, "tokenizer_ceiling": ceiling[:, :, context:]}
     curves = {name: psnr_by_frame(frames, truth).mean(dim=0).tolist() for name, frames in forecasts.items()}
-    return PixelReport(real.cpu(), torch.cat([real[:, :, :context], predicted], dim=2).cpu(), ceiling.cpu(), curves)
+    return HeldOutReport(real.cpu(), torch.cat([real[:, :, :context], predicted], dim=2).cpu(), ceiling.cpu(), curves)

@@ -1,7 +1,8 @@
 """One self-contained HTML page that shows what a model does, and the film strip picture.
 
-The page needs no network, no other file and no script. A moving picture is a column of its frames in one image, moved by a CSS
-animation: unlike separate animated images, all of them keep in step, with each other and with the badge "given" or "predicted".
+The page needs no network and no other file: style, script (report.css, report.js) and pictures are inside. A moving picture is a column
+of its frames in one image, of which the script shows one: all of them keep in step, with each other and with the badge "given" or
+"predicted". #frame=N in the address opens the page at a frame.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
-from itertools import product
+from itertools import accumulate
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -23,6 +24,7 @@ from vidtok.page_parts import Figure, Table, figure_card, panel_width, panels, r
 GIVEN_COLOUR, PREDICTED_COLOUR = (217, 119, 6), (37, 99, 235)
 STRIP_PANEL, STRIP_FRAMES, STRIP_GAP, STRIP_HEADER = 96, 12, 12, 28  # pixels, frames a line, pixels, pixels
 STRIP_INK = (51, 65, 85)
+PAGE_WIDTH, PANEL_GAP = 1118, 8  # CSS pixels inside a card of report.css at its widest, and between its panels
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Report:
     tables: Sequence[Table] = ()
     receipt: Mapping[str, Any] = field(default_factory=dict)  # versions, seeds, config; may be nested
     fps: float = 8.0  # of the moving pictures
+    legend: Mapping[str, str] = field(default_factory=dict)  # of colours in the pictures: name -> CSS colour
 
 
 def write_report(report: Report, path: str | Path) -> Path:
@@ -53,19 +56,25 @@ def write_report(report: Report, path: str | Path) -> Path:
         raise ValueError(f"got {report.fps} frames a second; it must be above 0: use the rate of the clips, or a slower one")
     for clip in report.clips:
         check_rows(clip.rows, clip.context, is_one_length=True)
-    page = Template(files("vidgpt").joinpath("report.html").read_text(encoding="utf-8")).substitute(
+    page = Template(_own("report.html")).substitute(
         title=escape(report.title),
         summary=escape(report.summary),
         clips=_clips(report),
         figures=section("Curves", "".join(map(figure_card, report.figures)), "figures"),
         tables=section("Numbers", "".join(map(table_card, report.tables))),
         receipt=receipt_section(report.receipt),
-        keyframes=_keyframes(report.clips),
+        style=_own("report.css"),
+        script=f"<script>\n{_own('report.js')}</script>" if report.clips else "",
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _own(name: str) -> str:
+    """Read a file that lies beside this one."""
+    return files("vidgpt").joinpath(name).read_text(encoding="utf-8")
 
 
 def check_rows(rows: Mapping[str, np.ndarray], context: int, is_one_length: bool = False) -> None:
@@ -89,7 +98,7 @@ def strip_image(rows: Mapping[str, np.ndarray], context: int) -> np.ndarray:
     """Draw a film strip: a line of frames for each row, given ones framed in amber and predicted ones in blue.
 
     rows: name -> uint8 (T, H, W, 3); a row may be shorter than the others. context: given frames. Gives uint8 (height, width, 3).
-    More than STRIP_FRAMES frames go on below. Raises ValueError on rows that do not fit together.
+    More than STRIP_FRAMES frames go on below, without the rows that have ended. Raises ValueError on rows that do not fit together.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -98,12 +107,18 @@ def strip_image(rows: Mapping[str, np.ndarray], context: int) -> np.ndarray:
     frames, scale, font = max(map(len, rows.values())), max(1, math.ceil(STRIP_PANEL / width)), ImageFont.load_default(size=14)
     step_x, step_y = width * scale + STRIP_GAP, height * scale + STRIP_GAP
     gutter = STRIP_GAP + math.ceil(max(font.getlength(name) for name in rows))
-    columns, blocks = min(frames, STRIP_FRAMES), range(0, frames, STRIP_FRAMES)
-    block_height = STRIP_HEADER + len(rows) * step_y
-    canvas = Image.new("RGB", (gutter + STRIP_GAP + columns * step_x, len(blocks) * block_height + STRIP_GAP), "white")
+    firsts = range(0, frames, STRIP_FRAMES)
+    blocks = [[name for name, pictures in rows.items() if first < len(pictures)] for first in firsts]
+    tops = list(accumulate((STRIP_HEADER + len(names) * step_y for names in blocks), initial=0))
+    canvas = Image.new("RGB", (gutter + STRIP_GAP + min(frames, STRIP_FRAMES) * step_x, tops[-1] + STRIP_GAP), "white")
     draw = ImageDraw.Draw(canvas)
-    for (block, start), (line, (name, pictures)) in product(enumerate(blocks), enumerate(rows.items())):
-        top = block * block_height + STRIP_HEADER + line * step_y
+    lines = [
+        (first, above + STRIP_HEADER + line * step_y, line, name)
+        for first, above, names in zip(firsts, tops, blocks, strict=False)
+        for line, name in enumerate(names)
+    ]
+    for start, top, line, name in lines:
+        pictures = rows[name]
         draw.text((STRIP_GAP, top + height * scale // 2), name, fill=STRIP_INK, font=font, anchor="lm")
         for index in range(start, min(start + STRIP_FRAMES, frames)):
             left, is_given = gutter + STRIP_GAP + (index - start) * step_x, index < context
@@ -120,50 +135,48 @@ def strip_image(rows: Mapping[str, np.ndarray], context: int) -> np.ndarray:
 
 
 def _clips(report: Report) -> str:
-    """Give all clips with the key to their colours and the pause button."""
+    """Give all clips with the player that moves them and the key to their colours."""
     if not report.clips:
         return ""
-    bar = (
-        '<div class="bar"><span class="key given">given</span><span class="key predicted">predicted</span>'
-        f'<label for="pause"></label><span>{report.fps:g} frames a second</span></div>'
+    first, frames = report.clips[0], max(_frames(clip) for clip in report.clips)
+    # The thumb's middle stands at frame 1 on the far left and at the last one on the far right; the turn is between two frames.
+    share = 100 * max(0.0, first.context - 0.5) / max(1, frames - 1)
+    player = (
+        f'<div class="player" data-fps="{report.fps:g}" hidden><button type="button">Play</button>'
+        f'<input type="range" min="1" max="{frames}" value="1" step="1" aria-label="Frame" style="--share: {min(100.0, share):.2f}%">'
+        f"<output>frame 1 of {frames}</output></div>"
     )
-    return section("Clips", bar + "".join(_clip(clip, report.fps) for clip in report.clips))
+    legend = "".join(
+        f'<span class="key filled" style="--key: {colour}">{escape(name)}</span>' for name, colour in report.legend.items()
+    )
+    keys = (
+        '<div class="keys"><span class="key given">given</span><span class="key predicted">predicted</span>'
+        f"{legend}<span>{report.fps:g} frames a second; arrow keys step, Space plays</span></div>"
+    )
+    silent = (
+        '<noscript><p class="summary">The clips move with JavaScript; without it you see the first frame of each.</p></noscript>'
+    )
+    return section("Clips", keys + player + silent + "".join(map(_clip, report.clips)))
 
 
-def _clip(clip: Clip, fps: float) -> str:
-    """Give one clip: its panels, its badge and its time line."""
-    frames, _, width, _ = next(iter(clip.rows.values())).shape
-    share = 100 * clip.context / frames
-    style = f"--count: {len(clip.rows)}; --width: {panel_width(width)}px; --frames: {frames}; --seconds: {frames / fps:.4f}s"
-    track = f"background: linear-gradient(to right, var(--given) {share:.4f}%, var(--predicted) {share:.4f}%)"
+def _clip(clip: Clip) -> str:
+    """Give one clip: its badge, its caption and its panels."""
+    width, count = next(iter(clip.rows.values())).shape[2], len(clip.rows)
+    style = f"--count: {count}; --width: {_panel_width(width, count)}px; --frame: 0"
     caption = f'<p class="caption">{escape(clip.caption)}</p>' if clip.caption else ""
+    state, name = ("", "given 1") if clip.context else (" predicted", "predicted 1")
     return (
-        f'<div class="card clip turn-{clip.context}-{frames}" style="{style}"><div class="panels">{panels(clip.rows)}</div>'
-        '<div class="state"><div class="badge"><span class="given">given</span><span class="predicted">predicted</span></div>'
-        f'<div class="track" style="{track}"><i></i></div></div>{caption}</div>'
+        f'<div class="card clip{state}" data-frames="{_frames(clip)}" data-context="{clip.context}" style="{style}">'
+        f'<div class="head"><span class="badge">{name}</span>{caption}</div>'
+        f'<div class="panels">{panels(clip.rows)}</div></div>'
     )
 
 
-def _keyframes(clips: Sequence[Clip]) -> str:
-    """Give the rules that turn frame and badge from given to predicted, one set for each kind of clip."""
-    kinds = sorted({(clip.context, len(next(iter(clip.rows.values())))) for clip in clips})
-    return "\n".join(_turn(f"turn-{context}-{frames}", 100 * context / frames) for context, frames in kinds)
+def _frames(clip: Clip) -> int:
+    return len(next(iter(clip.rows.values())))
 
 
-def _turn(name: str, share: float) -> str:
-    """Give one set of rules; share: percent of the time that frames are given."""
-    given, predicted = (f"outline-color: var(--{state}); border-color: var(--{state})" for state in ("given", "predicted"))
-    parts = {
-        "screen": (given, predicted),
-        "given": ("visibility: visible", "visibility: hidden"),
-        "predicted": ("visibility: hidden", "visibility: visible"),
-    }
-    rules = []
-    for part, (before, after) in parts.items():
-        start = before if share > 0 else after
-        turn = f"{share:.4f}% {{ {after}; }} " if 0 < share < 100 else ""
-        end = after if share < 100 else before
-        rules.append(f"@keyframes {name}-{part} {{ 0% {{ {start}; }} {turn}100% {{ {end}; }} }}")
-        place = f".{name} .screen, .{name} .screen::after" if part == "screen" else f".{name} .badge .{part}"
-        rules.append(f"{place} {{ animation: {name}-{part} var(--seconds) step-end infinite; }}")
-    return "\n".join(rules)
+def _panel_width(width: int, count: int) -> int:
+    """Give the CSS pixels of a panel: fewer than usual where so many side by side would be wider than the page."""
+    room = (PAGE_WIDTH - (count - 1) * PANEL_GAP) // count
+    return max(width, min(panel_width(width), room // width * width))

@@ -1,6 +1,6 @@
 """Predictor: frames in, frames out. It joins tokenizer, transformer and a decoding plan; all state lives in one call."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -8,15 +8,16 @@ import torch
 from einops import repeat
 from torch import Tensor
 
+from vidgpt.checkpoint import check_fields, load_checkpoint
 from vidgpt.config import VidGPTConfig
 from vidgpt.decoding import DecodingOptions
-from vidgpt.decoding.stream import LongOptions, check_future, check_guidance, stream_tokens
+from vidgpt.decoding.stream import LongOptions, check_future, check_guidance, stream_tokens, without_gradients
 from vidgpt.decoding.work import Work
 from vidgpt.fused import FusedModel
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.sampling import SamplingOptions
 from vidtok.card import Card
-from vidtok.folders import load_model, model_folder
+from vidtok.folders import model_folder
 from vidtok.run.processes import in_precision
 from vidtok.tokenizer import Tokenizer, check_decoder, decode_stream, load_tokenizer
 from vidtok.video import check_video
@@ -66,8 +67,7 @@ class Predictor:
         Raises ValueError when card, transformer and tokenizer of the folder do not belong together.
         """
         folder = model_folder(path, VidGPTConfig.model_type)
-        model, card = load_model(VidGPTForCausalLM, folder), Card.load(folder)
-        check_model(card, model.config, str(folder))
+        model, card = load_checkpoint(folder)
         source = folder / "tokenizer" if decoder is None else Path(decoder)
         if decoder is None and not source.is_dir():
             raise ValueError(
@@ -81,7 +81,7 @@ class Predictor:
                 f"{card.tokenizer_fingerprint}: give that one, or one trained from it with train_only=decoder"
             )
         keys = ("codebook_size", "codebook_factors", "first_frames", "stride_t", "stride_s")
-        _check_fields(card, own, keys, f"{source} has", str(folder))
+        check_fields(card, own, keys, f"{source} has", str(folder))
         target = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(model.to(target), own.to(target), card, dtype, use_compile)
 
@@ -151,7 +151,6 @@ class Predictor:
         given = [self.samples(torch.cat(parts, dim=1), samples) for parts in encoded]
         return torch.cat([self.show(before, after, future) for before, after in zip(given, drawn, strict=True)])
 
-    @torch.no_grad()
     def stream_frames(
         self,
         video: Tensor,
@@ -168,16 +167,27 @@ class Predictor:
     ) -> Iterator[Tensor]:
         """Yield the frames that predict() gives, (B * samples, 3, n, H, W), as soon as they are known; memory does not grow with them.
 
-        Closing the iterator ends the work. Tokenizers that decode whole clips alone yield all at the end.
+        Closing the iterator ends the work. Tokenizers that decode whole clips alone yield all at the end. Raises ValueError as
+        predict() does, when it is called.
         """
         self._check_request(video, future, decoding, actions, history, long, guidance)
-        past, context = self.encode_after(video, history)
-        given = torch.cat([past, context], dim=1)
-        steps = self.latent_frames(future)
-        stream = self.stream(context, steps, seed, options, decoding, actions, first_sequence, samples, long, guidance)
-        latents = chain([self.samples(given, samples)], (frame[:, None] for frame in stream))
-        card, before, left = self.card, self.card.frames_of(given.shape[1]), future
-        for part in decode_stream(self.tokenizer, latents):
+
+        def frames() -> Iterator[Tensor]:
+            past, context = self.encode_after(video, history)
+            steps = self.latent_frames(future)
+            latents = self.stream(context, steps, seed, options, decoding, actions, first_sequence, samples, long, guidance)
+            yield from self.show_stream(self.samples(torch.cat([past, context], dim=1), samples), latents, future)
+
+        return without_gradients(frames())
+
+    def show_stream(self, given: Tensor, latents: Iterable[Tensor], future: int, context: int = 0) -> Iterator[Tensor]:
+        """Yield the frames (B, 3, n, H, W) that show() gives, of indices `given` (B, t, h, w) and latent frames (B, h, w), as they come.
+
+        context: so many of the frames that `given` stands for, the last ones, come first.
+        """
+        card = self.card
+        before, left = card.frames_of(given.shape[1]) - context, context + future
+        for part in decode_stream(self.tokenizer, chain([given], (frame[:, None] for frame in latents))):
             shown = part[:, :, before : before + left, : card.frame_height, : card.frame_width]
             before, left = max(0, before - part.shape[2]), left - shown.shape[2]
             if shown.shape[2]:
@@ -269,7 +279,7 @@ class Predictor:
             )
         plan = DecodingOptions(decoding) if isinstance(decoding, str) else decoding
         self.check_window(frames, future, plan, long)
-        check_guidance(self.layout, guidance, plan)
+        check_guidance(self.model.config, guidance, plan)
         # Leads are made of actions, and refuse wrong ones.
         self.layout.leads(card.latent_frames_in(frames) + self.latent_frames(future), len(video), actions)
 
@@ -284,17 +294,3 @@ def _groups(
     if actions is not None and len(actions) != len(video):
         raise ValueError(f"actions of {len(actions)} clips came for {len(video)} clips: give one row of actions a clip")
     return [clip[None] for clip in video], [None] * len(video) if actions is None else [row[None] for row in actions]
-
-
-def check_model(card: Card, config: VidGPTConfig, name: str) -> None:
-    """Raise ValueError when a transformer's config does not fit the card beside it; name: its folder."""
-    keys = ("codebook_size", "grid_height", "grid_width")
-    # A model trained with use_actions=false knows none, whatever the tokens record.
-    _check_fields(card, config, (*keys, "num_actions") if config.num_actions else keys, "its config.json has", name)
-
-
-def _check_fields(card: Card, sizes: object, keys: Sequence[str], owner: str, name: str) -> None:
-    for key in keys:
-        ours, theirs = getattr(sizes, key), getattr(card, key)
-        if ours != theirs:
-            raise ValueError(f"{name} has {key}={theirs} in its card.json, but {owner} {key}={ours}: copy or train it again")

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from vidgpt.generation import MINUS_INFINITY, LayoutLogitsProcessor
 from vidgpt.layout import TokenLayout
-from vidgpt.noise import exponential_noise
+from vidgpt.noise import exponential_noise, race
 
 __all__ = ["LayoutLogitsProcessor", "Sampler", "SamplingOptions", "accept_or_resample", "filter_logits", "sample"]
+
+
+LARGE = 1 << 16  # ids from which on the noise of all costs more than seeing which of them can win
 
 
 @dataclass(frozen=True)
@@ -137,20 +140,27 @@ class Sampler:
 
     def draw(self, logits: Tensor, positions: Tensor) -> Tensor:
         """Give input ids (B, n) for picture slots at positions (B, n), from the logits (B, n, num_logits) that predict them."""
+        return self.guess(logits, positions)
+
+    def guess(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """Give what `draw` would, of logits that are guesses themselves: with the same noise, so that good guesses are drawn alike."""
         layout, factor = self.layout, self.options.frame_factor
         if factor != 1:
             drawn = positions // layout.tokens_per_frame - self.first_frames
             # Bounded, because a rollout without end would reach 0 or infinity.
             logits = logits / (factor ** drawn.double()).clamp(1e-2, 1e2).to(logits.dtype)[..., None]
         if layout.slots_per_place > 1:
-            legal = layout.legal_ids(positions)
-            return sample(logits, self.options, self._noise(positions, logits.shape[-1], 0), legal)
+            return self._draw(logits, positions, 0, layout.legal_ids(positions))
         # Cut off before any filter sees them: leads are never drawn.
-        parts = [
-            sample(logits[..., start:end], self.options, self._noise(positions, end - start, digit))
-            for digit, (start, end) in enumerate(layout.spans)
-        ]
+        parts = [self._draw(logits[..., start:end], positions, digit) for digit, (start, end) in enumerate(layout.spans)]
         return layout.token(parts, 0)
+
+    def _draw(self, logits: Tensor, positions: Tensor, digit: int, legal: Tensor | None = None) -> Tensor:
+        size = logits.shape[-1]
+        # On a GPU the arithmetic costs less than asking how many ids can win.
+        if self.options.is_greedy or size < LARGE or logits.device.type != "cpu":
+            return sample(logits, self.options, self._noise(positions, size, digit), legal)
+        return race(filter_logits(logits, self.options, legal), self.keys, positions, digit)
 
     def _noise(self, positions: Tensor, size: int, digit: int) -> Tensor | None:
         return None if self.options.is_greedy else exponential_noise(self.keys, positions, size, digit)

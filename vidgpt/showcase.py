@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vidgpt.benchmark_protocol import check_protocol
 from vidgpt.checkpoint_evaluation import evaluate_checkpoint
 from vidgpt.config import DEFAULT_WINDOW
 from vidgpt.evaluation import TokenReport
 from vidgpt.options import DemoOptions
 from vidgpt.pages import headline, write_demo_report
-from vidgpt.pixels import PixelReport, evaluate_pixels
+from vidgpt.pixels import HeldOutReport, evaluate_pixels
 from vidgpt.report import strip_image
 from vidgpt.rollout import Predictor
 from vidgpt.training import train_gpt
@@ -33,6 +34,7 @@ def run_demo(options: DemoOptions, config: Mapping[str, Any]) -> Path:
 
     A run that was interrupted goes on where it stopped when it is given again.
     """
+    check_protocol(config)
     run_dir, started = Path(options.run_dir), time.monotonic()
     seconds: dict[str, float] = {}
 
@@ -92,7 +94,7 @@ def _held_out_episodes(options: DemoOptions) -> list[Episode]:
     return episodes
 
 
-def predict_held_out(options: DemoOptions) -> PixelReport:
+def predict_held_out(options: DemoOptions) -> HeldOutReport:
     """Predict clips of the validation episodes, spread evenly, greedily."""
     predictor = Predictor.from_pretrained(options.gpt_training.run_dir)
     length = options.context + options.future
@@ -120,7 +122,7 @@ def held_out_clips(options: DemoOptions, history: int, stride_t: int) -> tuple[T
     return torch.stack(videos[: options.pixel_clips]), torch.stack(actions[: options.pixel_clips])
 
 
-def _write_example(run_dir: Path, options: DemoOptions, pixels: PixelReport) -> None:
+def _write_example(run_dir: Path, options: DemoOptions, pixels: HeldOutReport) -> None:
     """Write one clip as a film strip, and as a video to try vidgpt-predict on."""
     middle = len(pixels.real) // 2
     real, predicted = to_frames(pixels.real[middle]), to_frames(pixels.predicted[middle])
@@ -129,7 +131,7 @@ def _write_example(run_dir: Path, options: DemoOptions, pixels: PixelReport) -> 
     write_video(run_dir / "held_out.mp4", real, Card.load(options.encoding.output).fps, is_lossless=True)
 
 
-def summary_lines(tokens: TokenReport, pixels: PixelReport) -> list[str]:
+def summary_lines(tokens: TokenReport, pixels: HeldOutReport) -> list[str]:
     """Give the figures a person wants to see first."""
     future = len(pixels.psnr_db["prediction"])
     first = min(4, future)

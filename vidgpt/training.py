@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vidgpt.augmentation import corrupt_tokens, drop_actions
 from vidgpt.config import VidGPTConfig
@@ -34,7 +35,9 @@ def train_gpt(options: TrainGPTOptions, model: Mapping[str, Any], config: Mappin
     model: values of the group, with init_from only those that the user chose; config: all of it, kept as config.yaml.
     """
     card = Card.load(options.tokens)
-    with Runner(options, config, name="vidgpt-train", best=_deciding(options)) as runner:
+    # With init_from, what the user did not choose is not the default.
+    groups = {} if options.init_from else {"model": VidGPTConfig}
+    with Runner(options, config, name="vidgpt-train", best=_deciding(options), groups=groups) as runner:
         runner.check_data("tokens", f"{card.tokenizer_fingerprint} of {card.data_name} {card.manifest_hash}")
         gpt = build_gpt(runner, options, card, model)
         model_config, layout = gpt.config, gpt.model.layout
@@ -47,9 +50,17 @@ def train_gpt(options: TrainGPTOptions, model: Mapping[str, Any], config: Mappin
         def compute_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             input_ids = layout.flatten(batch["indices"], batch["actions"] if options.use_actions else None)
             labels, read = layout.labels(input_ids), _augmented(layout, input_ids, options)
-            if not is_diagonal_step(options.seed, runner.step + 1, options.diagonal_share):
-                return model(read, labels=labels).loss, {}
-            return model(**vars(diagonal_batch(model_config, read, labels, *_plan(options)))).loss, {}
+            drafts = _draft_labels(layout, labels) if model_config.draft_head else None
+            if is_diagonal_step(options.seed, runner.step + 1, options.diagonal.share):
+                given = diagonal_batch(model_config, read, labels, *_plan(options))
+                if drafts is not None:
+                    drafts = F.pad(drafts, (given.input_ids.shape[1] - drafts.shape[1], 0), value=IGNORED)
+                found = model(**vars(given), draft_labels=drafts)
+            else:
+                found = model(read, labels=labels, draft_labels=drafts)
+            if found.draft_loss is None:
+                return found.loss, {}
+            return found.loss + found.draft_loss, {"loss": found.loss, "draft_loss": found.draft_loss}
 
         def evaluate() -> dict[str, float]:
             return evaluate_gpt(runner, runner.unwrap(network), layout, held_out, options)
@@ -74,6 +85,19 @@ def _augmented(layout: TokenLayout, input_ids: Tensor, options: TrainGPTOptions)
     return input_ids
 
 
+def _draft_labels(layout: TokenLayout, labels: Tensor, share_frames: bool = True) -> Tensor:
+    """Give what the draft head learns: the labels (B, L) of a frame later, of every other frame, which others the step decides.
+
+    Neighbouring frames teach much the same, and half of them are half the price.
+    """
+    size = layout.tokens_per_frame
+    later = F.pad(labels[:, size:], (0, size), value=IGNORED)
+    if not share_frames or labels.shape[1] < 3 * size:
+        return later
+    frames = torch.arange(labels.shape[1], device=labels.device) // size
+    return later.masked_fill((frames + torch.randint(2, ()).item()) % 2 == 1, IGNORED)
+
+
 @torch.no_grad()
 def evaluate_gpt(
     runner: Runner, model: nn.Module, layout: TokenLayout, clips: TokenDataset | None, options: TrainGPTOptions
@@ -93,15 +117,19 @@ def evaluate_gpt(
         "validation_top1_accuracy_on_changed_tokens_fraction": "top1_accuracy_on_changed_tokens_fraction",
     }
     found = {name: float(value) for name, key in names.items() if (value := figures[key]) is not None}
-    if options.diagonal_share:
-        share, found["validation_diagonal_loss"] = options.diagonal_share, _diagonal_loss(runner, model, layout, clips, options)
+    if options.train_only:
+        found["validation_draft_loss"] = _draft_loss(runner, model, layout, clips, options)
+    if options.diagonal.share:
+        share, found["validation_diagonal_loss"] = options.diagonal.share, _diagonal_loss(runner, model, layout, clips, options)
         found[_deciding(options)] = (1 - share) * found["validation_loss"] + share * found["validation_diagonal_loss"]
     return found
 
 
 def _deciding(options: TrainGPTOptions) -> str:
     """Name the figure that picks model/: the loss of what the steps train, mixed as they are."""
-    return "validation_mixed_loss" if options.diagonal_share else "validation_loss"
+    if options.train_only:
+        return "validation_draft_loss"
+    return "validation_mixed_loss" if options.diagonal.share else "validation_loss"
 
 
 def _diagonal_loss(runner: Runner, model: nn.Module, layout: TokenLayout, clips: TokenDataset, options: TrainGPTOptions) -> float:
@@ -122,8 +150,21 @@ def _diagonal_loss(runner: Runner, model: nn.Module, layout: TokenLayout, clips:
     return total / count
 
 
+def _draft_loss(runner: Runner, model: nn.Module, layout: TokenLayout, clips: TokenDataset, options: TrainGPTOptions) -> float:
+    """Give the loss of the draft head over all held-out frames but the first."""
+    assert isinstance(model, VidGPTForCausalLM)
+    total, count = 0.0, 0
+    for batch in runner.evaluation_batches(clips, options.evaluation_clips):
+        input_ids = layout.flatten(batch["indices"], batch["actions"] if options.use_actions else None)
+        labels = _draft_labels(layout, layout.labels(input_ids), share_frames=False)
+        with runner.autocast():
+            loss = model.draft_loss(model.model(input_ids).last_hidden_state, labels)
+        total, count = total + float(loss) * len(input_ids), count + len(input_ids)
+    return total / count
+
+
 def _plan(options: TrainGPTOptions) -> tuple[int, int]:
-    return options.diagonal_window, options.diagonal_delay
+    return options.diagonal.window, options.diagonal.delay
 
 
 def _add_tokenizer(target: Path, former: Path, source: Path) -> None:

@@ -22,8 +22,8 @@ from vidtok.health.seams import Coder
 from vidtok.measuring import Call, convolution_flops, convolutions, count_flops, measure, peak_bytes, speed_up, spread
 from vidtok.model import VidTokModel
 from vidtok.options import BenchTokenizerOptions
+from vidtok.run.processes import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PARTS = ("encode", "decode")
 RECORD_FILE = "bench.json"
 MEBIBYTE = 1 << 20

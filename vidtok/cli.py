@@ -28,8 +28,10 @@ from vidtok.schema import config_dir, store_schema
 
 PATH_KEYS = frozenset(
     {"root", "file", "input", "output", "checkpoint", "tokens", "run_dir", "init_from", "cache_dir", "actions", "pattern"}
-    | {"lpips_weights", "lpips_heads", "path", "decoder"}
+    | {"validation_root", "validation_file"}
+    | {"lpips_weights", "lpips_heads", "path", "decoder", "fvd_detector"}
 )  # the last part of a key whose value is a path
+PATH_LISTS = frozenset({"runs"})  # likewise, whose value is a list of paths
 FLAGS = {  # of Hydra, each with whether a value follows
     **dict.fromkeys(("--help", "-h", "--resolve", "--multirun", "-m"), False),
     **dict.fromkeys(("--cfg", "-c", "--package", "-p"), True),
@@ -244,7 +246,10 @@ def _flag(argument: str, rest: Iterator[str]) -> list[str]:
 def _quoted(argument: str) -> str:
     """Protect the value of a path key from Hydra's grammar, where `=`, a comma and brackets have a meaning."""
     key, _, value = argument.partition("=")
-    is_path = key.lstrip("+").rpartition(".")[2] in PATH_KEYS
+    name = key.lstrip("+").rpartition(".")[2]
+    if name in PATH_LISTS and (listed := re.fullmatch(r"\[([^'\"\[\]]+)\]", value)):
+        return f"{key}=[{','.join(_quote(path.strip()) for path in listed[1].split(','))}]"
+    is_path = name in PATH_KEYS
     is_quoted = re.fullmatch(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", value, re.DOTALL)
     if not is_path or is_quoted or value.lower() in ("", "null"):
         return argument

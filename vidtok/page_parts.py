@@ -17,11 +17,21 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-Cell = str | float | int | None
 PACKAGES = ("torch", "transformers", "accelerate", "vector-quantize-pytorch", "av", "datasets")
 SMALLEST_PANEL, USUAL_PANEL = 192, 280  # CSS pixels
 LARGEST_PNG = 1_000_000  # bytes; a larger moving picture is written as lossy WebP
 LARGEST_WEBP_SIDE = 16_383  # pixels, a limit of the format
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number with the interval that it lies in, shown below it; both as text."""
+
+    value: str
+    interval: str
+
+
+Cell = str | float | int | Measured | None
 
 
 @dataclass(frozen=True)
@@ -99,17 +109,25 @@ def figure_card(figure: Figure) -> str:
 def table_card(table: Table) -> str:
     """Give one table of numbers."""
     header = "".join(f"<th>{escape(name)}</th>" for name in table.header)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(format_cell(cell))}</td>" for cell in row) + "</tr>" for row in table.rows)
+    rows = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
     return (
-        f'<div class="card scroll"><table><caption>{escape(table.caption)}</caption>'
+        f'<div class="card scroll"><table><caption><span>{escape(table.caption)}</span></caption>'
         f"<thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
+
+
+def _cell(cell: Cell) -> str:
+    if isinstance(cell, Measured):
+        return f"{escape(cell.value)}<small>{escape(cell.interval)}</small>"
+    return escape(format_cell(cell))
 
 
 def format_cell(cell: Cell) -> str:
     """Show a float with about four digits, a whole number in full, and a dash for None or what is no number."""
     if cell is None or (isinstance(cell, float) and not math.isfinite(cell)):
         return "–"
+    if isinstance(cell, Measured):
+        return f"{cell.value} ({cell.interval})"
     if not isinstance(cell, float):
         return str(cell)
     if 0 < abs(cell) < 0.01:
@@ -119,14 +137,21 @@ def format_cell(cell: Cell) -> str:
 
 def make_receipt(config: Mapping[str, Any]) -> dict[str, Any]:
     """Give versions, device and configuration: what somebody needs to get the same page again."""
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "device": device,
+        "device": describe_device(),
         "config": json.loads(json.dumps(config, default=str)),
     }
+
+
+def describe_device() -> str:
+    """Name what computes."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def receipt_section(receipt: Mapping[str, Any]) -> str:

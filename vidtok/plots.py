@@ -27,13 +27,15 @@ MOST_MARKERS = 24
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a figure; underscores in its name are shown as spaces. colour: "" is the ink."""
+    """A line of a figure; underscores in its name are shown as spaces. colour: "" is the ink. low, high: a band around it, () is none."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     colour: str = ""
     is_dashed: bool = False
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
 
 
 def plot_curves(
@@ -59,6 +61,8 @@ def plot_curves(
     for curve in curves:
         marker = "o" if len(curve.x) <= MOST_MARKERS else None
         dashes = (3, 2) if curve.is_dashed else (None, None)
+        if len(curve.low):
+            axes.fill_between(curve.x, curve.low, curve.high, color=curve.colour or theme.ink, alpha=0.18, lw=0)
         axes.plot(curve.x, curve.y, color=curve.colour or theme.ink, lw=2, marker=marker, ms=3.5, dashes=dashes, clip_on=False)
     _scale_axes(axes, curves, unit, is_log, least_span)
     axes.set_xlabel(x_label)
@@ -113,7 +117,7 @@ def _scale_axes(axes: Any, curves: Sequence[Curve], unit: str, is_log: bool, lea
 
     if unit == "fraction":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set_ylim(0, min(1.0, 1.1 * max([*(value for curve in curves for value in curve.y), 0.01])))
+        axes.set_ylim(0, min(1.0, 1.1 * max([*(value for curve in curves for value in (*curve.y, *curve.high)), 0.01])))
     if is_log:
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -128,7 +132,7 @@ def _scale_axes(axes: Any, curves: Sequence[Curve], unit: str, is_log: bool, lea
 def _label_ends(axes: Any, curves: Sequence[Curve], theme: Theme) -> None:
     """Write each curve's name right of its last point, moved apart where ends lie close."""
     drawn = [curve for curve in curves if len(curve.x)]
-    texts = ["\n".join(textwrap.wrap(curve.name.replace("_", " "), LABEL_WIDTH)) for curve in drawn]
+    texts = ["\n".join(textwrap.wrap(curve.name.replace("_", " "), LABEL_WIDTH, break_long_words=False)) for curve in drawn]
     # Asking for the limits makes matplotlib bring them up to date.
     axes.get_xlim(), axes.get_ylim()
     ends = axes.transAxes.inverted().transform(axes.transData.transform([(curve.x[-1], curve.y[-1]) for curve in drawn]))

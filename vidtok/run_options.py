@@ -1,5 +1,6 @@
 """Options every training command shares: the only home of their defaults. Light to import, so that `--help` stays fast."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -48,6 +49,20 @@ class RunOptions:
 def options_from(config: Mapping[str, Any]) -> RunOptions:
     """Pick the run's options out of a command's plain configuration, where they lie at the top."""
     return RunOptions(**{option.name: config[option.name] for option in fields(RunOptions) if option.name in config})
+
+
+def default_values(options: type, groups: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """Give what the keys of a command mean where nobody gives them, nested as the keys are.
+
+    groups: the dataclass whose fields the keys of a group are. A key that must be given has no place here.
+    """
+    found = {name: default_values(group) for name, group in (groups or {}).items()}
+    for option in fields(options):
+        value = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+        if option.name not in found and value not in (dataclasses.MISSING, MISSING):
+            is_group = dataclasses.is_dataclass(value) and not isinstance(value, type)
+            found[option.name] = dataclasses.asdict(value) if is_group else value
+    return found
 
 
 def check_options(options: RunOptions) -> None:

@@ -38,7 +38,7 @@ from vidtok.run.processes import from_all, from_main, leave, on_main, uses_bf16
 from vidtok.run.progress import TrainingProgress
 from vidtok.run.run_folder import RunFolder, Value, open_run
 from vidtok.run.sampler import StepLoader, seed_everything, spread
-from vidtok.run_options import RunOptions, check_options
+from vidtok.run_options import RunOptions, check_options, default_values
 
 __all__ = ["ComputeLoss", "Evaluate", "RunOptions", "Runner", "Save", "TrainingError", "build_optimizer"]
 
@@ -51,12 +51,16 @@ Logs = dict[str, Tensor]
 class Runner:
     """Own one run: its folder, device and clock. Every random draw of step s follows from (seed, s, rank).
 
-    best: the key of `evaluate`'s result that picks model/: the lowest value wins.
+    best: the key of `evaluate`'s result that picks model/: the lowest value wins. groups: the class of the options of each group of
+    config; a key that an older version did not record counts as its default there, or in the class of options.
     Build the model after the Runner, whose seed its first weights then follow. Raises ValueError for impossible options, a folder
     in use, or a folder of another configuration.
     """
 
-    def __init__(self, options: RunOptions, config: Mapping[str, Any], name: str, *, best: str = "validation_loss") -> None:
+    def __init__(
+        self, options: RunOptions, config: Mapping[str, Any], name: str, *, best: str = "validation_loss",
+        groups: Mapping[str, type] | None = None,
+    ) -> None:  # fmt: skip
         check_options(options)
         self.options = options
         self.path = Path(options.run_dir)
@@ -78,7 +82,7 @@ class Runner:
         self._current, self._exit_status = 1, 0
         self._clips = options.batch_size * options.gradient_accumulation * self._accelerator.num_processes
         self._folder: RunFolder | None = None
-        self._state, self._resume_from = on_main(lambda: self._open(config, name))
+        self._state, self._resume_from = on_main(lambda: self._open(config, name, groups))
         self._clock = RunClock(options, self._state)
         if not has_tensorboard:
             self.say("No TensorBoard curves: `pip install tensorboard` adds them (metrics.jsonl is written in any case).")
@@ -218,8 +222,9 @@ class Runner:
     def accumulate(self, model: nn.Module, optimizer: Optimizer, batches: Sequence[Any], compute_loss: ComputeLoss) -> Logs:
         """Leave the clipped gradient of the mean loss over the micro batches in the parameters; weights change in `apply`.
 
-        compute_loss(model, batch) gives a scalar loss and scalars to log. Gives their means over the micro batches, with loss,
-        gradient_norm and lr. Raises TrainingError when loss or gradient is not finite; the step before is then saved.
+        compute_loss(model, batch) gives a scalar loss and scalars to log, among them `loss` where only a part of it is to be logged so.
+        Gives their means over the micro batches, with loss, gradient_norm and lr. Raises TrainingError when loss or gradient is not
+        finite; the step before is then saved.
         """
         optimizer.zero_grad(set_to_none=True)
         logs: Logs = {}
@@ -228,7 +233,7 @@ class Runner:
                 with self.autocast():
                     loss, extra = compute_loss(model, batch)
                 self._accelerator.backward(loss / len(batches))
-            for key, value in {**extra, "loss": loss}.items():
+            for key, value in {**extra, "loss": extra.get("loss", loss)}.items():
                 share = torch.as_tensor(value, device=self.device).detach() / len(batches)
                 logs[key] = logs[key] + share if key in logs else share
         part = next(part for part in self._parts.values() if part.model is self.unwrap(model))
@@ -284,8 +289,8 @@ class Runner:
         for batch in DataLoader(spread(dataset, max_items), batch_size=self.options.batch_size):
             yield send_to_device(batch, self.device)
 
-    def _open(self, config: Mapping[str, Any], name: str) -> tuple[TrainState, Path | None]:
-        self._folder, state, checkpoint = open_run(self.path, config, name)
+    def _open(self, config: Mapping[str, Any], name: str, groups: Mapping[str, type] | None) -> tuple[TrainState, Path | None]:
+        self._folder, state, checkpoint = open_run(self.path, config, name, default_values(type(self.options), groups))
         if renew_plan(self.options, state):
             self._folder.write_plan(state.plan)
         return state, checkpoint

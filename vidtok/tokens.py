@@ -153,13 +153,25 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        place = bisect_right(self._ends, index)
-        row = self._rows[place]
-        start = index - (self._ends[place - 1] if place else 0)
+        row, start = self.place(index)
         end = start + self.window
         return {"indices": self._indices(row, start, end), "actions": self._actions(row, start, end)}
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Give where a window lies: its row, counted over all splits, and its first latent frame."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        row = bisect_right(self._ends, index)
+        return self._rows[row], index - (self._ends[row - 1] if row else 0)
+
+    def past(self, index: int, count: int) -> Tensor:
+        """Give the last `count` latent frames before a window, int64 (n, h, w); fewer where its row begins."""
+        row, start = self.place(index)
+        return self._indices(row, max(0, start - count), start)
+
+    def source(self, row: int) -> tuple[str, float]:
+        """Name what a row was made of, and the seconds into it at which the row begins."""
+        return self._sources[row], float(self._column("start")[row])
 
     def rows(self) -> Iterator[Tensor]:
         """Give the indices of every whole row, int64 (1, t, h, w), one at a time, for counting."""

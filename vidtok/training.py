@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from vidtok.adversarial import Adversary
 from vidtok.codebook import CodebookMonitor, check_same_codebook
 from vidtok.config import VidTokConfig
-from vidtok.data import ClipDataset, EpisodeSet, build_episodes
+from vidtok.data import SOURCES, ClipDataset, EpisodeSet, build_episodes
 from vidtok.data.episodes import write_rejects
 from vidtok.finetuning import build_tokenizer, freeze_indices, last_weight
 from vidtok.folders import save_model
@@ -58,7 +58,10 @@ def train_tokenizer(
     config.yaml.
     """
     lpips = _load_lpips(options.loss)
-    with Runner(options, config, name="vidtok-train", best="validation_loss") as runner:
+    # With init_from, what the user did not choose is not the default.
+    groups: dict[str, type] = {} if options.init_from else {"tokenizer": VidTokConfig}
+    groups |= {"data": SOURCES[data["name"]]} if data.get("name") in SOURCES else {}
+    with Runner(options, config, name="vidtok-train", best="validation_loss", groups=groups) as runner:
         network = build_tokenizer(runner, options, tokenizer).to(memory_format=torch.channels_last)
         _check_clip(options, network.config)
         episodes = build_episodes(data)

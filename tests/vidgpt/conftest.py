@@ -1,5 +1,7 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +9,13 @@ from vidgpt.config import VidGPTConfig
 from vidgpt.decoding.stream import stream_tokens
 from vidgpt.fused import FusedModel
 from vidgpt.model import VidGPTForCausalLM
+from vidgpt.options import PredictOptions
+from vidtok.card import Card
+from vidtok.config import VidTokConfig
+from vidtok.folders import save_model
+from vidtok.model import VidTokModel
+from vidtok.tokens import TokenRow, TokenWriter
+from vidtok.video import write_png
 
 MakeModel = Callable[..., VidGPTForCausalLM]
 
@@ -35,7 +44,7 @@ def make_ids() -> Callable[..., torch.Tensor]:
     return make
 
 
-# Plain functions, for tests of decoding: `from tests.vidgpt.conftest import clips, net, roll`.
+# Plain functions, for tests of decoding and prediction: `from tests.vidgpt.conftest import clips, net, roll`.
 CODES, ROWS, COLUMNS, WINDOW = 12, 3, 4, 6
 
 
@@ -44,7 +53,7 @@ def net(**options: object) -> VidGPTForCausalLM:
     torch.manual_seed(0)
     sizes = {"codebook_size": CODES, "grid_height": ROWS, "grid_width": COLUMNS, "window": WINDOW, "hidden_size": 32}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model = VidGPTForCausalLM(VidGPTConfig(**{**sizes, **heads, **options})).eval()
+    model = VidGPTForCausalLM(VidGPTConfig(**{**sizes, **heads, "draft_head": True, **options})).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * 0.25)
@@ -71,3 +80,76 @@ def roll(
 ) -> torch.Tensor:
     """Give all frames (B, future, h, w) of stream_tokens."""
     return torch.stack(list(stream_tokens(model, context, future, **options)), dim=1)
+
+
+CARD = Card(
+    tokenizer_fingerprint="0123456789abcdef",
+    codebook_size=CODES,
+    grid_height=ROWS,
+    grid_width=COLUMNS,
+    stride_t=1,
+    stride_s=8,
+    fps=10.0,
+    frame_height=8 * ROWS,
+    frame_width=8 * COLUMNS,
+    num_actions=0,
+    data_name="toy",
+    manifest_hash="abcd",
+)
+
+
+def write_tokens(
+    folder: Path,
+    card: Card = CARD,
+    splits: Sequence[str] = ("train", "validation", "validation"),
+    frames: int = 7,
+    given: Sequence[torch.Tensor] | None = None,
+) -> Path:
+    """Write a token dataset of one clip a split name; given: their indices (t, h, w), by default random ones.
+
+    Every other column of these never changes, as in video.
+    """
+    with TokenWriter(folder, card, 8) as writer:
+        for number, split in enumerate(splits):
+            generator = torch.Generator().manual_seed(number)
+            indices = torch.randint(card.codebook_size, (frames, card.grid_height, card.grid_width), generator=generator)
+            indices[:, :, ::2] = indices[:1, :, ::2]
+            indices = indices if given is None else given[number]
+            actions = torch.randint(card.num_actions, (len(indices),), generator=generator) if card.num_actions else None
+            writer.add(TokenRow(f"clip-{number}", 0.0, split, len(indices), indices, actions))
+        writer.finish()
+    return folder
+
+
+def save_predictor(folder: Path, stride_t: int = 1) -> Path:
+    """Write a model folder for frames of 16x16 pixels, 2x2 tokens and a window of 6, with its card and tokenizer, all untrained."""
+    torch.manual_seed(0)
+    tokenizer = VidTokModel(VidTokConfig(stride_t=stride_t, width=8, encoder_blocks=1, decoder_blocks=1))
+    save_model(tokenizer, folder / "tokenizer")
+    sizes = {"codebook_size": tokenizer.config.codebook_size, "grid_height": 2, "grid_width": 2}
+    save_model(
+        VidGPTForCausalLM(VidGPTConfig(**sizes, window=6, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)), folder
+    )
+    frame = {"stride_t": stride_t, "stride_s": 8, "fps": 10.0, "frame_height": 16, "frame_width": 16, "num_actions": 3}
+    names = {"data_name": "files", "manifest_hash": "m", "encoder_fingerprint": tokenizer.encoder_fingerprint()}
+    Card(tokenizer.fingerprint(), **sizes, **frame, **names).save(folder)
+    return folder
+
+
+def write_pictures(folder: Path, name: str = "frame_{:04d}.png") -> dict[Path, bytes]:
+    """Write four plain pictures of 16x16 pixels, each brighter than the one before; gives all files there."""
+    folder.mkdir(parents=True)
+    for index in range(4):
+        write_png(folder / name.format(index), np.full((16, 16, 3), 60 * index, np.uint8))
+    return contents(folder)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Give every file in a folder and what it holds."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def prediction_options(checkpoint: Path, source: Path, output: Path, **others: object) -> PredictOptions:
+    """Give the options of a prediction of three frames from two."""
+    values = {"context": 2, "future": 3, **others}
+    return PredictOptions(checkpoint=str(checkpoint), input=str(source), output=str(output), **values)  # type: ignore[arg-type]

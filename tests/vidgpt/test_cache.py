@@ -89,7 +89,7 @@ def test_an_appended_pass_that_fails_between_layers_did_not_happen() -> None:
 
 
 def test_what_was_appended_stays_when_positions_are_told_and_appending_is_over() -> None:
-    cache, states = SlotCache(1, 8, spare_slots=2), random_states(2, 6)
+    cache, states = SlotCache(1, 8), random_states(2, 6)
     fill(cache, states[:, :, :4])
     cache.rewind(3)
     with cache.writing(torch.tensor([[5], [3]]), end=6) as in_slots:
@@ -101,13 +101,6 @@ def test_what_was_appended_stays_when_positions_are_told_and_appending_is_over()
         cache.update(states, states, 0)
     cache.reset()
     assert torch.equal(fill(cache, states)[0], states)
-
-
-def test_spare_slots_are_not_appended_to() -> None:
-    cache = SlotCache(1, 4, spare_slots=2)
-    with pytest.raises(ValueError, match="4 slots and 5 are needed"):
-        fill(cache, random_states(1, 5))
-    assert cache.get_max_length() == 4
 
 
 def test_a_pass_or_a_batch_that_does_not_fit_is_refused() -> None:

@@ -49,8 +49,8 @@ class Schedule:
     def __init__(self, cache_class: type[SlotCache], seed: int) -> None:
         self.random, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
         rows, self.num_slots = self.random.randint(1, 3), self.random.randint(5, 9)
-        sinks, self.spares = self.random.randint(0, 2), self.random.randint(0, 2)
-        self.cache = cache_class(LAYERS, self.num_slots, sink_slots=sinks, spare_slots=self.spares)
+        sinks = self.random.randint(0, 2)
+        self.cache = cache_class(LAYERS, self.num_slots, sink_slots=sinks)
         self.plain = Plain(self.num_slots, sinks, rows)
         # Half of the schedules stay within the slots, the others go round.
         self.highest = self.random.choice([self.num_slots - 1, 4 * self.num_slots])
@@ -97,32 +97,23 @@ class Schedule:
         chosen = {self.plain.slot(position): position for position in candidates}
         return sorted(self.random.sample(list(chosen.values()), min(count, len(chosen))))
 
-    def plan(self) -> tuple[Tensor, Tensor | None]:
-        """Choose positions (B or 1, n), and which of the tokens go to spare slots."""
+    def plan(self) -> Tensor:
+        """Choose positions (B or 1, n)."""
         alike = self.random.random() < 0.4
         rows, count = 1 if alike else len(self.plain.rows), self.random.randint(1, 4)
         lists = [self.positions(count) for _ in range(rows)]
-        count = min(map(len, lists))
-        positions = torch.tensor([some[:count] for some in lists])
-        spare = torch.full_like(positions, EMPTY)
-        if not self.spares or self.random.random() < 0.6:
-            return positions, None
-        for row in spare:
-            row[: min(count, self.random.randint(0, self.spares))] = 0
-            row[row == 0] = torch.arange(int((row == 0).sum()))
-        return positions, spare
+        return torch.tensor([some[: min(map(len, lists))] for some in lists])
 
     def write(self, failing_layer: int = LAYERS) -> None:
-        positions, spare = self.plan()
+        positions = self.plan()
         rows, count = len(self.plain.rows), positions.shape[1]
         self.end = max(self.end, int(positions.max()) + 1)
         states, everyone = self.states(rows, count), positions.expand(rows, -1)
-        is_spare = torch.zeros_like(everyone, dtype=torch.bool) if spare is None else (spare != EMPTY).expand(rows, -1)
         for row in range(rows):
-            for column in (~is_spare[row]).nonzero().flatten().tolist():
-                self.plain.drop(row, int(everyone[row, column]))
-        with suppress(PassFailed), self.cache.writing(positions, self.end + self.random.randint(0, 3), spare) as in_slots:
-            read, in_spare = [], torch.full((rows, self.spares), EMPTY)
+            for position in everyone[row].tolist():
+                self.plain.drop(row, position)
+        with suppress(PassFailed), self.cache.writing(positions, self.end + self.random.randint(0, 3)) as in_slots:
+            read = []
             for layer, (keys, values) in enumerate(states):
                 if layer == failing_layer:
                     raise PassFailed
@@ -130,16 +121,9 @@ class Schedule:
             for row in range(rows):
                 for column in range(count):
                     found = [(keys[row, :, column], values[row, :, column]) for keys, values in states]
-                    if is_spare[row, column]:
-                        slot = self.num_slots + int(spare.expand(rows, -1)[row, column])
-                        in_spare[row, slot - self.num_slots] = everyone[row, column]
-                        assert all(torch.equal(read[n][0][row, :, slot], found[n][0]) for n in range(LAYERS))
-                    else:
-                        self.plain.rows[row][int(everyone[row, column])] = found
-            used = min(in_slots.shape[1], self.num_slots)
-            assert spare is None or torch.equal(in_slots.expand(rows, -1)[:, used:], in_spare)
+                    self.plain.rows[row][int(everyone[row, column])] = found
             assert {keys.shape[2] for keys, _ in read} == {in_slots.shape[1]}
-            self.compare_slots(in_slots[:, :used], [(keys[:, :, :used], values[:, :, :used]) for keys, values in read])
+            self.compare_slots(in_slots, read)
 
     def fail(self) -> None:
         self.write(failing_layer=self.random.randint(0, LAYERS - 1))
@@ -210,7 +194,7 @@ class Schedule:
 
     def poison(self) -> None:
         """Fill all slots that nobody may read."""
-        is_held = torch.zeros(len(self.plain.rows), self.num_slots + self.spares, dtype=torch.bool)
+        is_held = torch.zeros(len(self.plain.rows), self.num_slots, dtype=torch.bool)
         for row, held in enumerate(self.plain.rows):
             is_held[row, [self.plain.slot(position) for position in held]] = True
         for layer in self.cache.layers:
@@ -241,17 +225,17 @@ class NeverEvicts(SlotCache):
 
 class TakesSinks(SlotCache):
     @contextmanager
-    def writing(self, positions: Tensor, end: int, spare: Tensor | None = None) -> Iterator[Tensor]:
+    def writing(self, positions: Tensor, end: int) -> Iterator[Tensor]:
         sinks, self.sink_slots = self.sink_slots, 0
-        with super().writing(positions, end, spare) as in_slots:
+        with super().writing(positions, end) as in_slots:
             self.sink_slots = sinks
             yield in_slots
 
 
 class KeepsWhatAFailedPassWrote(SlotCache):
     @contextmanager
-    def writing(self, positions: Tensor, end: int, spare: Tensor | None = None) -> Iterator[Tensor]:
-        with super().writing(positions, end, spare) as in_slots:
+    def writing(self, positions: Tensor, end: int) -> Iterator[Tensor]:
+        with super().writing(positions, end) as in_slots:
             failure = None
             try:
                 yield in_slots
@@ -263,24 +247,14 @@ class KeepsWhatAFailedPassWrote(SlotCache):
 
 class KeepsWhatAFailedPassWroteOver(SlotCache):
     @contextmanager
-    def writing(self, positions: Tensor, end: int, spare: Tensor | None = None) -> Iterator[Tensor]:
+    def writing(self, positions: Tensor, end: int) -> Iterator[Tensor]:
         before = self._known(positions)
         try:
-            with super().writing(positions, end, spare) as in_slots:
+            with super().writing(positions, end) as in_slots:
                 yield in_slots
         except PassFailed:
             self.positions = before
             raise
-
-
-class ReadsSpareSlotsLater(SlotCache):
-    @contextmanager
-    def writing(self, positions: Tensor, end: int, spare: Tensor | None = None) -> Iterator[Tensor]:
-        with super().writing(positions, end, spare) as in_slots:
-            yield in_slots
-            before = in_slots.clone()
-        if spare is not None:
-            self.positions = before
 
 
 class RepeatsInAnotherOrder(SlotCache):
@@ -302,9 +276,9 @@ class LeavesPositionsBehind(SlotCache):
 
 class MarksOneRowForAll(SlotCache):
     @contextmanager
-    def writing(self, positions: Tensor, end: int, spare: Tensor | None = None) -> Iterator[Tensor]:
+    def writing(self, positions: Tensor, end: int) -> Iterator[Tensor]:
         before = self._known(positions)
-        with super().writing(positions, end, spare) as in_slots:
+        with super().writing(positions, end) as in_slots:
             yield in_slots
         if len(positions) == 1 and len(before) > 1:
             self.positions = torch.cat([self.positions[:1], before[1:]])
@@ -318,7 +292,6 @@ class MarksOneRowForAll(SlotCache):
         TakesSinks,
         KeepsWhatAFailedPassWrote,
         KeepsWhatAFailedPassWroteOver,
-        ReadsSpareSlotsLater,
         RepeatsInAnotherOrder,
         LeavesPositionsBehind,
         MarksOneRowForAll,

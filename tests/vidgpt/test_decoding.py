@@ -8,7 +8,7 @@ from tests.vidgpt.conftest import CODES, COLUMNS, ROWS, WINDOW, chosen, clips, n
 from vidgpt.cache import SlotCache
 from vidgpt.decoding import DecodingOptions
 from vidgpt.decoding.reader import Reader
-from vidgpt.decoding.stream import LongOptions, stream_tokens
+from vidgpt.decoding.stream import LongOptions, stream_tokens, unlike_training
 from vidgpt.decoding.work import Work
 from vidgpt.fused import FusedModel
 from vidgpt.sampling import LayoutLogitsProcessor, SamplingOptions
@@ -20,6 +20,7 @@ rasters, speculatives, diagonals, references, streams = (
 SAMPLED = SamplingOptions(temperature=1.0)
 SPECULATIVE = (
     DecodingOptions("speculative"),
+    DecodingOptions("speculative", draft="own"),
     DecodingOptions("speculative", draft="previous"),
     DecodingOptions("speculative", draft_length=3),
 )
@@ -91,17 +92,18 @@ def test_a_frame_takes_the_passes_of_its_plans_closed_form(is_broken, monkeypatc
         read = Reader.read
         monkeypatch.setattr(Reader, "read", lambda self, *a, **k: (read(self, *a, **k), read(self, *a, **k))[1])
     model, given, frames, slots = net(), clips(), 4, ROWS * COLUMNS
-    layout, found = model.model.layout, {}
-    for plan in (DecodingOptions(), *EXACT[3:], *DIAGONAL):
+    layout, found, exact = model.model.layout, {}, {}
+    for plan in (DecodingOptions(), *EXACT[len(SPECULATIVE) :], *DIAGONAL):
         work = Work()
         roll(model, given, frames, decoding=plan, work=work)
         assert work.frames == frames and work.prefills == 1
         found[plan] = work.forward_passes - work.prefills, plan.passes_per_frame(layout)
+        exact[plan] = frames * plan.passes_per_frame(layout, frames)
     whole = {window: COLUMNS + window * (ROWS - 1) for window in (1, 2, COLUMNS)}
     expected = {
         DecodingOptions(): (frames * slots, slots),
         # generate reads the prompt again, with its first lead, and each later lead in a pass of its own.
-        DecodingOptions("transformers"): (frames * (slots + 1) - 1, slots),
+        DecodingOptions("transformers"): (frames * (slots + 1) - 1, slots + 1),
         DecodingOptions("diagonal", window=COLUMNS): (frames * whole[COLUMNS], slots),
         DecodingOptions("diagonal", window=9): (frames * whole[COLUMNS], slots),
         DecodingOptions("diagonal", window=1): (frames * whole[1], whole[1]),
@@ -111,6 +113,7 @@ def test_a_frame_takes_the_passes_of_its_plans_closed_form(is_broken, monkeypatc
         DecodingOptions("diagonal", window=1, delay=99): (frames * whole[1], whole[1]),
     }
     assert (found == expected) is not is_broken
+    assert exact == {plan: passes for plan, (passes, _) in expected.items()}
 
 
 def test_the_passes_are_counted_where_they_happen(monkeypatch) -> None:
@@ -132,7 +135,7 @@ def test_speculation_saves_passes_where_frames_repeat_and_costs_none_elsewhere()
     assert frames.unique().numel() == 1
     assert 4 <= work.forward_passes - 1 < 4 * ROWS * COLUMNS / 2 and 0 < work.accepted <= work.drafted
     worst = Work()
-    roll(net(), clips(1), 4, decoding=SPECULATIVE[1], options=SamplingOptions(temperature=50.0), work=worst)
+    roll(net(), clips(1), 4, decoding=SPECULATIVE[2], options=SamplingOptions(temperature=50.0), work=worst)
     assert worst.forward_passes - 1 <= 4 * ROWS * COLUMNS
 
 
@@ -198,6 +201,10 @@ def test_generate_past_the_window_is_one_sentence() -> None:
     ("keys", "sentence"),
     [
         ({"decoding": "rasta"}, "'rasta' is not one of raster"),
+        (
+            {"model": net(draft_head=False), "decoding": DecodingOptions("speculative", draft="head")},
+            "needs a model with a draft head",
+        ),
         ({"future": 5}, "exceed the window of 6 frames"),
         ({"future": 0}, "both must be 1 or more"),
         ({"samples": 0}, "samples=0"),
@@ -211,7 +218,7 @@ def test_generate_past_the_window_is_one_sentence() -> None:
 def test_what_cannot_be_decoded_is_refused_before_any_work(keys, sentence, monkeypatch) -> None:
     monkeypatch.setattr(FusedModel, "read", lambda *_, **__: pytest.fail("the context was read"))
     with pytest.raises(ValueError, match=sentence):
-        stream_tokens(net(), **{"context": clips(), "future": 4, **keys})
+        stream_tokens(**{"model": net(), "context": clips(), "future": 4, **keys})
 
 
 @pytest.mark.parametrize(
@@ -219,13 +226,20 @@ def test_what_cannot_be_decoded_is_refused_before_any_work(keys, sentence, monke
     [
         (lambda: DecodingOptions("diagonal", window=0), "window=0"),
         (lambda: DecodingOptions("diagonal", delay=-1), "delay=-1"),
-        (lambda: DecodingOptions("speculative", draft="other"), "draft='other' is not one of own, previous"),
+        (lambda: DecodingOptions("speculative", draft="other"), "speculative.draft='other' is not one of "),
         (lambda: DecodingOptions("speculative", draft_length=-1), "draft_length=-1"),
         (lambda: LongOptions("forever"), "long.mode='forever' is not one of stop, reprefill, window"),
         (lambda: LongOptions("reprefill", -1), "long.drop=-1"),
         (lambda: stream_tokens(net(num_actions=3), clips(), 3), "trained with 3 actions, and none came"),
         (lambda: stream_tokens(net(num_actions=3), clips(), 3, actions=chosen(2, 5)), "actions of 2 clips came for 3 clips"),
-        (lambda: stream_tokens(net(num_actions=3), clips(), 3, actions=chosen(3, 5), guidance=-1.0), "guidance=-1.0"),
+        (
+            lambda: stream_tokens(net(num_actions=3), clips(), 3, actions=chosen(3, 5), guidance=2.0),
+            "guidance=2.0 needs a model that was trained without its actions too, .* action_dropout=0.1",
+        ),
+        (
+            lambda: stream_tokens(net(num_actions=3), clips(), 3, actions=chosen(3, 5), guidance=-1.0),
+            "guidance=-1.0 is no number",
+        ),
         (lambda: stream_tokens(net(**DIGITS[1]), clips(), 3, decoding="transformers"), "predicts several digits at once"),
         (
             lambda: stream_tokens(net(attention_frames=2, sink_frames=1), ragged(clips()), 9, long=LongOptions("window")),
@@ -237,3 +251,46 @@ def test_what_cannot_be_decoded_is_refused_before_any_work(keys, sentence, monke
 def test_wrong_options_are_one_sentence(make, sentence) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize(
+    ("trained", "plan", "said"),
+    [
+        ({}, DecodingOptions("raster"), None),
+        ({}, DecodingOptions("diagonal", window=4), None),
+        ({}, DecodingOptions("diagonal", window=9), None),
+        ({}, DecodingOptions("diagonal", window=2), "was not trained for decoding=diagonal"),
+        ({"diagonal_window": 2}, DecodingOptions("diagonal", window=2), None),
+        # As many passes as a frame takes are no delay.
+        ({"diagonal_window": 2}, DecodingOptions("diagonal", window=2, delay=8), None),
+        ({"diagonal_window": 2}, DecodingOptions("diagonal", window=2, delay=7), "diagonal.window=2 diagonal.delay=7 costs"),
+        ({"diagonal_window": 1}, DecodingOptions("diagonal", window=2), "trained for diagonal.window=1 diagonal.delay=0, and"),
+        (
+            {"diagonal_window": 1, "diagonal_delay": 2},
+            DecodingOptions("diagonal"),
+            "trained for diagonal.window=1 diagonal.delay=2",
+        ),
+    ],
+)
+def test_a_diagonal_that_was_not_trained_is_told(trained: dict, plan: DecodingOptions, said: str | None) -> None:
+    config = net(**trained, diagonal_share=0.5 if trained else 0.0).config
+    found = unlike_training(config, plan)
+    assert found is None if said is None else said in str(found) and "\n" not in str(found)
+
+
+@pytest.mark.parametrize("plan", DIAGONAL[:4], ids=str)
+def test_passes_that_were_moved_on_a_frame_are_those_made_anew(plan: DecodingOptions, monkeypatch) -> None:
+    moved, is_a_frame_before = [], diagonals._Block.is_a_frame_before
+    model, given = net(window=16), clips(2, 3)
+    for is_tried in (True, False):
+
+        def watched(*arguments: object, is_tried: bool = is_tried) -> bool:
+            moved.append(is_tried and is_a_frame_before(*arguments))
+            return moved[-1]
+
+        monkeypatch.setattr(diagonals._Block, "is_a_frame_before", watched)
+        found = roll(model, given, 13, decoding=plan, options=SAMPLED)
+        if is_tried:
+            expected, was_moved = found, any(moved)
+    assert torch.equal(found, expected)
+    assert was_moved

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chisquare
 from torch.nn import functional as F
 
-from vidgpt import evaluation
+from vidgpt import regimes
 from vidgpt.cache import SlotCache
 from vidgpt.counts import TokenCounts
 from vidgpt.decoding import DecodingOptions
@@ -161,7 +161,7 @@ def test_scores_agree_with_the_logits_and_large_ones_are_made_piece_by_piece(
     for digit, part in enumerate(scores.digits):
         torch.testing.assert_close(part.nats, nats[..., digit], atol=1e-5, rtol=0)
     assert bool((scores.top1 <= torch.exp(-scores.nats) * math.prod(factors)).all())
-    monkeypatch.setattr(evaluation, "HELD_LOGITS", 3 * layout.num_logits)
+    monkeypatch.setattr(regimes, "HELD_LOGITS", 3 * layout.num_logits)
     pieces = teacher_forced_scores(model, layout, indices, actions)
     torch.testing.assert_close(pieces.nats, scores.nats, atol=1e-5, rtol=0)
     assert torch.equal(pieces.top1, scores.top1)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from vidgpt import counts as counting
 from vidgpt.config import VidGPTConfig
-from vidgpt.evaluation import TokenReport, evaluate_tokens, teacher_forced_scores
+from vidgpt.evaluation import TokenReport, add_forced, evaluate_tokens, teacher_forced_scores
 from vidgpt.layout import TokenLayout
-from vidgpt.metrics import TokenCounts
+from vidgpt.metrics import Baselines, TokenCounts
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.pages import headline
+from vidgpt.regimes import ForcedFrames, temporally_forced
 
 LAYOUT = TokenLayout(codebook_size=8, height=2, width=3, num_actions=3)
 
@@ -139,8 +140,7 @@ def test_generating_the_truth_is_accuracy_one_at_every_horizon_and_gets_context_
 
     report = evaluate_tokens(Uniform(), LAYOUT, [batch], counts(batch), 2, oracle, batch_size=3)
     assert seen == [((3, 2, 2, 3), 2, (3, 4)), ((2, 2, 2, 3), 2, (2, 4))]
-    assert report.free_running is not None
-    assert [row["top1_accuracy_fraction"] for row in report.free_running.by_frame()] == [1, 1]
+    assert [row["top1_accuracy_fraction"] for row in report.free_running["model"].by_frame()] == [1, 1]
 
 
 def test_batch_size_changes_no_figure_and_progress_counts_clips() -> None:
@@ -163,21 +163,75 @@ def test_the_files_keep_regimes_apart_and_hold_every_frame_and_place(tmp_path: P
     batch = clips(7)
     evaluate(Uniform(), batch).write(tmp_path / "out")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert set(metrics) == {"clips_count", "teacher_forced", "free_running"}
+    assert set(metrics) == {"clips_count", "bootstrap", "teacher_forced", "free_running"}
     assert metrics["clips_count"] == 5
     assert not any("cross_entropy" in key for key in metrics["free_running"]["model"])
     frames = list(csv.DictReader((tmp_path / "out" / "by_frame.csv").open()))
     forced = [row for row in frames if row["regime"] == "teacher_forced" and row["forecaster"] == "model"]
-    free = [row for row in frames if row["regime"] == "free_running"]
+    free = [row for row in frames if row["regime"] == "free_running" and row["forecaster"] == "model"]
     assert [row["frame_index"] for row in forced] == ["1", "2", "3"]
     assert [(row["frame_index"], row["horizon_frames"]) for row in free] == [("2", "1"), ("3", "2")]
     places = list(csv.DictReader((tmp_path / "out" / "by_position.csv").open()))
-    assert len(places) == 6 * (5 + 1)
+    assert len(places) == 6 * (5 + 5)
+
+
+def test_rollouts_stand_beside_those_of_every_baseline() -> None:
+    train, batch = clips(11), clips(12)
+    train["indices"][:, :, 0] = 5  # so that the likeliest id is known, and that of a place is another
+    train["indices"][:, :, 1] = torch.tensor([1, 2, 2])
+    free = evaluate_tokens(Uniform(), LAYOUT, [batch], counts(train), 2, copy_last).metrics()["free_running"]
+    last, real = batch["indices"][:, 1:2], batch["indices"][:, 2:]
+    expected = {
+        "unigram": real == 5,
+        "unigram_by_position": real == torch.tensor([[5, 5, 5], [1, 2, 2]]),
+        "copy_last_frame": real == last,
+        "model": real == last,
+    }
+    for name, hits in expected.items():
+        assert free[name]["top1_accuracy_fraction"] == pytest.approx(float(hits.double().mean()))
+        moves = 0 if name in ("copy_last_frame", "model") else None
+        assert moves is None or free[name]["changed_tokens_generated_fraction"] == moves
+    still = (last[:, 0] != 5).double().mean() / 2  # moves to its one frame at the first horizon, and nowhere at the second
+    assert free["unigram"]["changed_tokens_generated_fraction"] == pytest.approx(float(still))
+    assert free["uniform"]["top1_accuracy_fraction"] == pytest.approx(1 / 8)
+    assert free["uniform"]["changed_tokens_generated_fraction"] == pytest.approx(7 / 8)
+    assert free["uniform"]["frame_entropy_generated_bits"] is None
+
+
+def test_the_three_regimes_are_three_tables_of_the_same_clips() -> None:
+    model, batch = tiny_model(), clips(13)
+
+    def force(indices: Tensor, actions: Tensor | None) -> ForcedFrames:
+        return temporally_forced(model, LAYOUT, indices, actions)
+
+    report = evaluate_tokens(model, LAYOUT, [batch], counts(batch), 2, copy_last, force=force, batch_size=2)
+    figures, direct = report.metrics(), force(batch["indices"], batch["actions"])
+    temporally = figures["temporally_teacher_forced"]
+    assert set(temporally) == {"model", *Baselines.names}
+    assert temporally["model"]["cross_entropy_nats_per_token"] == pytest.approx(float(direct.scores.nats.mean()))
+    assert temporally["model"]["generated_accuracy_fraction"] == temporally["model"]["top1_accuracy_fraction"]
+    moved = (direct.generated != batch["indices"][:, :-1]).double().mean()
+    assert temporally["model"]["changed_tokens_generated_fraction"] == pytest.approx(float(moved))
+    full = figures["teacher_forced"]
+    assert temporally["model"]["cross_entropy_nats_per_token"] != pytest.approx(
+        full["model"]["cross_entropy_nats_per_token"], rel=1e-4
+    )
+    assert all(temporally[name] == full[name] for name in Baselines.names)
+    regimes = {row["regime"] for row in report.by_frame()}
+    assert (
+        regimes
+        == {row["regime"] for row in report.by_position()}
+        == {"teacher_forced", "temporally_teacher_forced", "free_running"}
+    )
+    assert "world_model_challenge_1x" not in figures
+    with pytest.raises(ValueError, match="got 4 clips for a report of 5"):
+        add_forced(report, LAYOUT, [{name: part[:4] for name, part in batch.items()}], force)
 
 
 def test_without_counts_the_unigram_baselines_are_left_out() -> None:
-    report = evaluate_tokens(Uniform(), LAYOUT, [clips(9)], None, 2, None)
+    report = evaluate_tokens(Uniform(), LAYOUT, [clips(9)], None, 2, copy_last)
     assert list(report.teacher_forced) == ["model", "uniform", "copy_last_frame_smoothed"]
+    assert list(report.free_running) == ["model", "uniform", "copy_last_frame"]
     assert "per-position unigram" not in headline(report)[0]
 
 

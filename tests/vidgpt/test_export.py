@@ -25,7 +25,7 @@ from vidtok.folders import load_model, save_model
 from vidtok.model import VidTokModel
 
 VARIANTS = {
-    "plain": {},
+    "plain": {"draft_head": True},
     "actions": {"num_actions": 3},
     "digits": {"factors": [4, 4]},
     "shared": {"num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -33,6 +33,7 @@ VARIANTS = {
 }
 CODE = {"configuration_vidgpt.py", "modeling_vidgpt.py", "attention.py", "cache.py", "digits.py", "generation.py", "layout.py"}
 LOAD = """
+import os
 import sys
 sys.path.insert(0, sys.argv[1])
 from importlib.util import find_spec
@@ -52,6 +53,11 @@ for folder in map(Path, sys.argv[2:]):
     base = AutoModel.from_pretrained(folder, trust_remote_code=True)
     found = {"logits": model(given["ids"]).logits, "states": base(given["ids"])[0], "loss": model(given["ids"], labels=given["ids"]).loss}
     found |= {"clip": layout.unflatten(ids), "drawn": layout.unflatten(drawn)}
+    os.chdir(folder)
+    names, code = {}, Path("README.md").read_text().split("```python")[1].split("```")[0]
+    for run in ("first", "second"):
+        exec(code, names)
+        found |= {f"{run}_{name}": names[name] for name in ("indices", "actions", "clip", "drawn") if name in names}
     save_file({name: value.detach().contiguous() for name, value in found.items()}, folder / "found.safetensors")
     assert type(model).__module__.endswith(".modeling_vidgpt") and "cuda" not in str(model.device)
 """
@@ -132,11 +138,19 @@ def test_exported_folders_give_our_logits_and_ids_where_only_transformers_is_ins
         model = load_model(VidGPTForCausalLM, tmp_path / f"checkpoint_{folder.name}")
         given, found = load_file(tmp_path / f"{folder.name}.safetensors"), load_file(folder / "found.safetensors")
         assert torch.equal(found["logits"], model(given["ids"]).logits)
+        # Nobody there would know what to do with it.
+        assert not any(key.startswith("draft_head") for key in load_file(folder / "model.safetensors"))
         assert torch.equal(found["states"], model.model(given["ids"]).last_hidden_state)
         assert torch.equal(found["loss"], model(given["ids"], labels=given["ids"]).loss)
         ours = torch.stack(list(stream_tokens(model, given["context"], 3, actions=given.get("actions"))), dim=1)
         assert torch.equal(found["clip"], torch.cat([given["context"], ours], dim=1))
         assert found["drawn"].shape == found["clip"].shape and not torch.equal(found["drawn"], found["clip"])
+        # What the page shows runs as it stands, and gives the same every time.
+        made = {name.removeprefix("first_"): value for name, value in found.items() if name.startswith("first_")}
+        assert all(torch.equal(value, found[f"second_{name}"]) for name, value in made.items())
+        shown = torch.stack(list(stream_tokens(model, made["indices"], 3, actions=made.get("actions"))), dim=1)
+        assert torch.equal(made["clip"], torch.cat([made["indices"], shown], dim=1))
+        assert made["drawn"].shape == made["clip"].shape and not torch.equal(made["drawn"], made["clip"])
 
 
 def test_a_folder_whose_code_is_changed_gives_other_logits(make_checkpoint, make_ids, load_elsewhere, tmp_path) -> None:

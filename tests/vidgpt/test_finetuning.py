@@ -1,62 +1,43 @@
 """Training that goes on from a trained transformer, and the options that change what a step sees."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.vidgpt.conftest import CARD as BASE_CARD
+from tests.vidgpt.conftest import write_tokens
 from vidgpt import training
+from vidgpt.config import FIELDS_FROM_TRAINING, VidGPTConfig
 from vidgpt.model import VidGPTForCausalLM
-from vidgpt.options import TrainGPTOptions
+from vidgpt.options import DiagonalKeys, DiagonalTrainingKeys, TrainGPTOptions
 from vidgpt.train import main
 from vidgpt.training import train_gpt
-from vidtok.card import Card
 from vidtok.folders import load_model
 from vidtok.runner import Runner
-from vidtok.tokens import TokenRow, TokenWriter
 
 MODEL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "window": 4}
 RUN = {"batch_size": 2, "warmup_steps": 0, "checkpoint_every": 1, "evaluate_every": 6, "evaluation_clips": 2, "log_every": 1}
-ALL = {"diagonal_share": 0.5, "token_corruption": 0.3, "action_dropout": 0.5, "use_actions": True}
-CARD = Card(
-    tokenizer_fingerprint="0123abcd",
-    codebook_size=8,
-    grid_height=2,
-    grid_width=3,
-    stride_t=1,
-    stride_s=8,
-    fps=10.0,
-    frame_height=16,
-    frame_width=24,
-    num_actions=3,
-    data_name="toy",
-    manifest_hash="abcd",
+ALL = {"diagonal": DiagonalTrainingKeys(0.5), "token_corruption": 0.3, "action_dropout": 0.5, "use_actions": True}
+CARD = replace(
+    BASE_CARD, codebook_size=8, codebook_factors=[8], grid_height=2, grid_width=3, frame_height=16, frame_width=24, num_actions=3
 )
+SPLITS = ("train",) * 4 + ("validation",) * 2
 
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokens(tmp_path_factory.mktemp("tokens"), CARD)
-
-
-def write_tokens(folder: Path, card: Card) -> Path:
-    with TokenWriter(folder, card, 8) as writer:
-        for number, split in enumerate(["train"] * 4 + ["validation"] * 2):
-            generator = torch.Generator().manual_seed(number)
-            indices = torch.randint(card.codebook_size, (6, 2, 3), generator=generator)
-            actions = torch.randint(3, (6,), generator=generator) if card.num_actions else None
-            writer.add(TokenRow(source=f"clip-{number}", start=0.0, split=split, frames=6, indices=indices, actions=actions))
-        writer.finish()
-    return folder
+    return write_tokens(tmp_path_factory.mktemp("tokens"), CARD, SPLITS, 6)
 
 
 def train(folder: Path, tokens: Path, model: dict[str, Any], **changes: Any) -> VidGPTForCausalLM:
     values = RUN | {"max_steps": 2, "lr": 0.01} | changes
     options = TrainGPTOptions(run_dir=str(folder), tokens=str(tokens), **values)
-    train_gpt(options, model, {**values, "tokens": str(tokens), "model": model})
+    plain = {key: asdict(value) if key == "diagonal" else value for key, value in values.items()}
+    train_gpt(options, model, {**plain, "tokens": str(tokens), "model": model})
     return load_model(VidGPTForCausalLM, folder)
 
 
@@ -111,8 +92,8 @@ def test_a_contradiction_is_refused(model, changes, sentence, tokens: Path, tmp_
 
 def test_tokens_of_another_tokenizer_are_refused(tokens: Path, tmp_path: Path) -> None:
     train(tmp_path / "first", tokens, MODEL)
-    others = write_tokens(tmp_path / "others", replace(CARD, tokenizer_fingerprint="ffff"))
-    with pytest.raises(ValueError, match=r"^init_from: .*first has tokenizer_fingerprint=0123abcd, but .*others has"):
+    others = write_tokens(tmp_path / "others", replace(CARD, tokenizer_fingerprint="ffff"), SPLITS, 6)
+    with pytest.raises(ValueError, match=r"^init_from: .*first has tokenizer_fingerprint=0123456789abcdef, but .*others has"):
         train(tmp_path / "run", others, {}, init_from=str(tmp_path / "first"))
 
 
@@ -136,11 +117,9 @@ def test_the_command_takes_the_architecture_from_init_from(tokens: Path, tmp_pat
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"diagonal_share": 1.5}, r"diagonal_share=1\.5 is not allowed: give 0 \(off\) to 1"),
         ({"token_corruption": -0.1}, r"token_corruption=-0\.1 is not allowed"),
         ({"action_dropout": 2.0, "use_actions": True}, r"action_dropout=2\.0 is not allowed"),
         ({"action_dropout": 0.1}, r"action_dropout=0\.1 has no actions to leave out: give use_actions=true too"),
-        ({"diagonal_window": 0}, "diagonal_window=0"),
     ],
 )
 def test_an_impossible_option_is_refused(options: dict[str, Any], sentence: str) -> None:
@@ -148,18 +127,69 @@ def test_an_impossible_option_is_refused(options: dict[str, Any], sentence: str)
         TrainGPTOptions(**options)
 
 
-@pytest.mark.parametrize("option", ["diagonal_share", "token_corruption", "action_dropout"])
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"share": 1.5}, r"diagonal\.share=1\.5 is not allowed: give 0 \(off\) to 1"),
+        ({"window": 0}, r"diagonal\.window=0 and diagonal\.delay=0 are not allowed"),
+        ({"delay": -1}, r"diagonal\.delay=-1 are not allowed"),
+    ],
+)
+def test_an_impossible_diagonal_is_refused(keys: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        DiagonalTrainingKeys(**keys)
+
+
+@pytest.mark.parametrize("option", ["diagonal", "token_corruption", "action_dropout"])
 def test_each_option_changes_what_is_learned(option: str, tokens: Path, tmp_path: Path) -> None:
+    off, on = (DiagonalTrainingKeys(share) if option == "diagonal" else share for share in (0.0, 1.0))
     plain = train(tmp_path / "plain", tokens, MODEL, use_actions=True)
-    assert is_same(train(tmp_path / "again", tokens, MODEL, use_actions=True, **{option: 0.0}), plain)
-    assert not is_same(train(tmp_path / "changed", tokens, MODEL, use_actions=True, **{option: 1.0}), plain)
+    assert is_same(train(tmp_path / "again", tokens, MODEL, use_actions=True, **{option: off}), plain)
+    assert not is_same(train(tmp_path / "changed", tokens, MODEL, use_actions=True, **{option: on}), plain)
+
+
+def how_trained(config: VidGPTConfig) -> tuple[float, float, int, int]:
+    return config.action_dropout, config.diagonal_share, config.diagonal_window, config.diagonal_delay
+
+
+def test_a_model_knows_how_it_was_trained(tokens: Path, tmp_path: Path) -> None:
+    keys = {"use_actions": True, "max_steps": 1}
+    plain = train(tmp_path / "plain", tokens, MODEL, **keys)
+    assert how_trained(plain.config) == (0, 0, 0, 0)
+    first = train(tmp_path / "first", tokens, MODEL, **keys, action_dropout=0.5)
+    assert how_trained(first.config) == (0.5, 0, 0, 0)
+    second = train(
+        tmp_path / "second", tokens, {}, **keys, init_from=str(tmp_path / "first"), diagonal=DiagonalTrainingKeys(1, 2, 3)
+    )
+    assert how_trained(second.config) == (0.5, 1, 2, 3)
+    other = {"init_from": str(tmp_path / "second"), "action_dropout": 0.25, "diagonal": DiagonalTrainingKeys(0.5)}
+    third = train(tmp_path / "third", tokens, {}, **keys, **other)
+    assert how_trained(third.config) == (0.25, 0.5, 1, 0)
+    # A folder of an older version says nothing.
+    file = tmp_path / "third" / "model" / "config.json"
+    values = {key: value for key, value in json.loads(file.read_text()).items() if key not in FIELDS_FROM_TRAINING}
+    file.write_text(json.dumps(values))
+    assert how_trained(load_model(VidGPTForCausalLM, tmp_path / "third").config) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("key", ["model.action_dropout=0.1", "model.diagonal_window=2"])
+def test_how_a_model_was_trained_is_not_the_users_to_say(key: str, tokens: Path, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([f"tokens={tokens}", f"run_dir={tmp_path / 'run'}", "max_steps=1", key])
+    assert stop.value.code == 2 and key.partition("=")[0] in capsys.readouterr().err
+
+
+def test_training_and_decoding_name_the_diagonal_alike() -> None:
+    assert {option.name for option in fields(DiagonalTrainingKeys)} == {option.name for option in fields(DiagonalKeys)} | {
+        "share"
+    }
 
 
 @pytest.mark.parametrize("options", [{"window": 4}, {"window": 4, "digits": "slots", "factors": [2, 4]}], ids=["digit", "slots"])
 def test_the_loss_of_diagonal_steps_is_measured_on_the_same_tokens(options, tokens: Path, tmp_path: Path) -> None:
     for window, is_equal in ((6, True), (1, False)):
-        folder = tmp_path / str(window)
-        train(folder, tokens, MODEL | options, diagonal_share=0.5, diagonal_window=window, max_steps=6, lr=0.1, precision="fp32")
+        folder, keys = tmp_path / str(window), {"max_steps": 6, "lr": 0.1, "precision": "fp32"}
+        train(folder, tokens, MODEL | options, diagonal=DiagonalTrainingKeys(0.5, window), **keys)
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         assert (abs(last["validation_diagonal_loss"] - last["validation_loss"]) < 1e-5) == is_equal
         # The model that is kept is the best at what is trained.
@@ -167,6 +197,22 @@ def test_the_loss_of_diagonal_steps_is_measured_on_the_same_tokens(options, toke
         assert last["validation_mixed_loss"] == pytest.approx(mixed)
         state = json.loads((folder / "checkpoints" / "step_000006" / "state.json").read_text())
         assert state["best"] == pytest.approx(mixed)
+
+
+def test_a_run_of_a_version_that_knew_fewer_keys_goes_on(tokens: Path, tmp_path: Path) -> None:
+    later = {"token_corruption": 0.0, "diagonal": DiagonalTrainingKeys()}
+    train(tmp_path, tokens, MODEL, max_steps=1)
+    assert "token_corruption" not in (tmp_path / "config.yaml").read_text()
+    for changed, sentence in (
+        ({"token_corruption": 0.3}, "holds a run with token_corruption=0.0, but this command has token_corruption=0.3"),
+        ({"diagonal": DiagonalTrainingKeys(0.5)}, r"holds a run with diagonal\.share=0\.0, but"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            train(tmp_path, tokens, MODEL, **later | changed)
+    with pytest.raises(ValueError, match=r"holds a run with model\.sink_frames=0, but this command has model\.sink_frames=1"):
+        train(tmp_path, tokens, {**MODEL, "sink_frames": 1}, **later)
+    train(tmp_path, tokens, {**MODEL, "sink_frames": 0}, **later)
+    assert (tmp_path / "checkpoints" / "step_000002").is_dir()
 
 
 @pytest.mark.parametrize("is_broken", [False, True])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidgpt.metrics import Baselines, RolloutMeter, TokenCounts, TokenMeter, TokenScores, changed_tokens, score_logits
+from vidgpt.metrics import Baselines, RolloutMeter, TokenCounts, TokenMeter, changed_tokens
+from vidgpt.scores import TokenScores, score_logits
 
 GRID = (2, 3)
 SIZE = 7
@@ -59,7 +60,7 @@ def test_summary_names_units_and_converts_them() -> None:
     half = torch.full(shape, math.log(2), dtype=torch.float64)
     top1 = torch.zeros(shape, dtype=torch.float64)
     top1[:, 0] = 1
-    figures = meter_of(TokenScores(half, top1, torch.ones_like(top1)), indices).summary()
+    figures = meter_of(TokenScores(half, top1, torch.ones_like(top1), confidence=top1), indices).summary()
     assert figures["tokens_count"] == 48
     assert figures["cross_entropy_nats_per_token"] == pytest.approx(math.log(2))
     assert figures["cross_entropy_bits_per_token"] == pytest.approx(1)
@@ -67,6 +68,34 @@ def test_summary_names_units_and_converts_them() -> None:
     assert figures["perplexity_tokens"] == pytest.approx(2)
     assert figures["top1_accuracy_fraction"] == 0.5
     assert figures["top5_accuracy_fraction"] == 1
+
+
+def test_a_pixel_takes_its_share_of_what_the_latent_frame_costs_that_stands_for_it() -> None:
+    indices = random_clips(3, frames=3)
+    shape = (4, 2, *GRID)
+    ones = torch.ones(shape, dtype=torch.float64)
+    meter = TokenMeter(GRID, pixels_per_frame=4 * 16 * 24)  # four frames of 16x24 pixels
+    meter.update(TokenScores(ones * math.log(2), ones, ones, confidence=ones), changed_tokens(indices))
+    figures = meter.summary()
+    assert figures["cross_entropy_bits_per_frame"] == pytest.approx(6)
+    assert figures["cross_entropy_nats_per_frame"] == pytest.approx(6 * math.log(2))
+    assert figures["cross_entropy_bits_per_pixel"] == pytest.approx(6 / 1536)
+    assert figures["cross_entropy_nats_per_pixel"] == pytest.approx(6 * math.log(2) / 1536)
+    assert "cross_entropy_bits_per_pixel" not in TokenMeter(GRID).summary()
+
+
+def test_baselines_are_as_sure_as_the_probability_of_what_they_take_for_likeliest() -> None:
+    counts, indices = counts_of(random_clips(20)), random_clips(21, clips=1, frames=2)
+    scores = Baselines(counts).scores(indices)
+    law = counts.unigram()
+    assert float(scores["uniform"].confidence.mean()) == pytest.approx(1 / SIZE)
+    assert float(scores["unigram"].confidence.mean()) == pytest.approx(float(law.max()))
+    assert float(scores["copy_last_frame_smoothed"].confidence.mean()) == pytest.approx(counts.same_probability())
+    for y, x in np.ndindex(*GRID):
+        numbers = torch.bincount(random_clips(20)[:, :, y, x].flatten(), minlength=SIZE).double()
+        distinct = (numbers > 0).sum()
+        here = (numbers + distinct * law) / (numbers.sum() + distinct)
+        assert float(scores["unigram_by_position"].confidence[0, 0, y, x]) == pytest.approx(float(here.max()))
 
 
 def test_batches_weigh_by_their_tokens_however_they_are_cut() -> None:
@@ -84,7 +113,7 @@ def test_clips_of_unlike_length_meet_at_their_frame_index() -> None:
     for frames in (3, 5):
         clips = torch.zeros(2, frames, *GRID, dtype=torch.long)
         ones = torch.ones(2, frames - 1, *GRID, dtype=torch.float64)
-        meter.update(TokenScores(ones, ones, ones), changed_tokens(clips))
+        meter.update(TokenScores(ones, ones, ones, confidence=ones), changed_tokens(clips))
     assert [(row["frame_index"], row["tokens_count"]) for row in meter.by_frame()] == [(1, 24), (2, 24), (3, 12), (4, 12)]
 
 
@@ -93,7 +122,7 @@ def test_rows_by_position_land_at_their_place() -> None:
     zeros = torch.zeros(1, 1, *GRID, dtype=torch.float64)
     nats = zeros.clone()
     nats[0, 0, 1, 2] = 3.0
-    rows = meter_of(TokenScores(nats, zeros, zeros), indices).by_position()
+    rows = meter_of(TokenScores(nats, zeros, zeros, confidence=zeros), indices).by_position()
     assert [(row["row"], row["column"]) for row in rows] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert [row["cross_entropy_nats_per_token"] for row in rows] == [0, 0, 0, 0, 0, 3.0]
 
@@ -104,7 +133,7 @@ def test_accuracy_on_changed_tokens_counts_only_these() -> None:
     indices[0, 2, 1, :2] = 2
     top1 = torch.ones(1, 2, *GRID, dtype=torch.float64)
     top1[0, 1, 1, 0] = 0
-    figures = meter_of(TokenScores(top1, top1, top1), indices).summary()
+    figures = meter_of(TokenScores(top1, top1, top1, confidence=top1), indices).summary()
     assert figures["changed_tokens_fraction"] == pytest.approx(3 / 12)
     assert figures["top1_accuracy_on_changed_tokens_fraction"] == pytest.approx(2 / 3)
     assert figures["top1_accuracy_fraction"] == pytest.approx(11 / 12)
@@ -113,7 +142,10 @@ def test_accuracy_on_changed_tokens_counts_only_these() -> None:
 def test_a_figure_without_anything_counted_is_none() -> None:
     still = torch.zeros(1, 2, *GRID, dtype=torch.long)
     ones = torch.ones(1, 1, *GRID, dtype=torch.float64)
-    assert meter_of(TokenScores(ones, ones, ones), still).summary()["top1_accuracy_on_changed_tokens_fraction"] is None
+    assert (
+        meter_of(TokenScores(ones, ones, ones, confidence=ones), still).summary()["top1_accuracy_on_changed_tokens_fraction"]
+        is None
+    )
     assert TokenMeter(GRID).summary()["cross_entropy_bits_per_frame"] is None
 
 

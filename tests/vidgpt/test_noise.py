@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vidgpt import noise
-from vidgpt.noise import exponential_noise, sequence_keys
+from vidgpt.noise import exponential_noise, race, sequence_keys
 
 WORD = (1 << 64) - 1
 GAMMA = 0x9E3779B97F4A7C15
@@ -158,3 +158,71 @@ def test_keys_differ_by_sequence_and_by_seed_and_repeat_exactly() -> None:
     # Sums and strings put side by side would give the same key here.
     assert sequence_keys(1, 1, first=23)[0] != sequence_keys(12, 1, first=3)[0]
     assert sequence_keys(1, 1, first=2)[0] != sequence_keys(2, 1, first=1)[0]
+
+
+SIZE = 3000
+
+
+def rows(kind: str) -> Tensor:
+    """Make logits (2, 20, SIZE)."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 20, SIZE, generator=generator)
+    if kind == "flat":
+        return torch.zeros_like(logits)
+    if kind == "few":
+        return logits.masked_fill(torch.rand(logits.shape, generator=generator) < 0.999, float("-inf"))
+    if kind == "one":
+        return torch.full_like(logits, float("-inf")).scatter(2, torch.randint(SIZE, (2, 20, 1), generator=generator), 3.0)
+    scale, offset = {"usual": (1.0, 0.0), "sharp": (8.0, -40.0), "far": (1.0, -2e4), "sure": (1e4, 0.0)}[kind]
+    return logits * scale + offset
+
+
+def race_of_all(logits: Tensor, keys: Tensor, positions: Tensor, digit: int) -> Tensor:
+    return (logits - exponential_noise(keys, positions, logits.shape[-1], digit).log()).argmax(-1)
+
+
+@pytest.mark.parametrize("kind", ["usual", "flat", "sharp", "far", "sure", "few", "one"])
+def test_a_race_of_those_who_can_win_ends_as_that_of_all(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, keys = rows(kind), sequence_keys(4, 2)
+    drawn, exponential = 0, noise._exponential
+
+    def counted(bits: Tensor) -> Tensor:
+        nonlocal drawn
+        drawn += bits.numel()
+        return exponential(bits)
+
+    found = []
+    for first in range(0, 100, 20):
+        positions = torch.arange(first, first + 20).expand(2, -1)
+        expected = race_of_all(logits, keys, positions, 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(noise, "_exponential", counted)
+            found.append(race(logits, keys, positions, 3))
+        assert torch.equal(found[-1], expected)
+    assert drawn < 0.07 * 5 * logits.numel()
+    # Winners that are not among the likeliest, whose noise is drawn in any case.
+    likeliest = logits.topk(noise.CERTAIN).indices
+    others = [(ids[..., None] != likeliest).all(-1).sum() for ids in found]
+    assert (sum(map(int, others)) > 20) == (kind in ("usual", "flat", "far"))
+
+
+def test_a_race_leaves_no_one_out_whose_noise_is_extreme(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.full((1, 1, SIZE), -30.0)
+    logits[..., :100] = 0.0
+    # All bits set is the least noise there is, which lifts a logit by 36.7.
+    mix = noise._mix
+    monkeypatch.setattr(noise, "_mix", lambda bits: torch.where(bits == lucky, -1, mix(bits.clone())))
+    stream = int(mix(sequence_keys(0, 1)[:, None] + noise._GAMMA))
+    steps = noise._GAMMA * torch.tensor(2501) + stream
+    lucky = int(steps)
+    assert race_of_all(logits, sequence_keys(0, 1), torch.zeros(1, 1, dtype=torch.long), 0) == 2500
+    assert race(logits, sequence_keys(0, 1), torch.zeros(1, 1, dtype=torch.long), 0) == 2500
+
+
+@pytest.mark.parametrize("name", ["CERTAIN", "LARGEST_GAIN"])
+def test_the_bounds_of_a_race_decide(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without the second look nobody wins but the likeliest, and gains that are thought too small lose winners.
+    logits, keys, positions = rows("usual"), sequence_keys(4, 2), torch.arange(20).expand(2, -1)
+    monkeypatch.setattr(noise, name, {"CERTAIN": 1, "LARGEST_GAIN": 0.0}[name])
+    is_equal = torch.equal(race(logits, keys, positions, 0), race_of_all(logits, keys, positions, 0))
+    assert is_equal == (name == "CERTAIN")

@@ -2,57 +2,31 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from tests.vidgpt.conftest import contents, save_predictor, write_pictures
+from tests.vidgpt.conftest import prediction_options as options
 from vidgpt import prediction
+from vidgpt.checkpoint import check_model
 from vidgpt.config import VidGPTConfig
 from vidgpt.decoding.stream import LongOptions
 from vidgpt.model import VidGPTForCausalLM
-from vidgpt.options import DiagonalKeys, LongKeys, PredictOptions
+from vidgpt.options import DiagonalKeys, LongKeys
 from vidgpt.prediction import predict_file
-from vidgpt.rollout import Predictor, check_model
+from vidgpt.rollout import Predictor
 from vidgpt.sampling import SamplingOptions
 from vidtok.adapters.base import ForeignTokenizer, Options
 from vidtok.card import Card
 from vidtok.config import VidTokConfig
 from vidtok.folders import save_model
 from vidtok.model import VidTokModel
-from vidtok.video import write_png
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """A model folder with its card and tokenizer, all untrained."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    tokenizer = VidTokModel(VidTokConfig(stride_t=1, width=8, encoder_blocks=1, decoder_blocks=1))
-    save_model(tokenizer, folder / "tokenizer")
-    sizes = {"codebook_size": tokenizer.config.codebook_size, "grid_height": 2, "grid_width": 2}
-    save_model(
-        VidGPTForCausalLM(VidGPTConfig(**sizes, window=6, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)), folder
-    )
-    frame = {"stride_t": 1, "stride_s": 8, "fps": 10.0, "frame_height": 16, "frame_width": 16, "num_actions": 3}
-    names = {"data_name": "files", "manifest_hash": "m", "encoder_fingerprint": tokenizer.encoder_fingerprint()}
-    Card(tokenizer.fingerprint(), **sizes, **frame, **names).save(folder)
-    return folder
-
-
-def write_pictures(folder: Path, name: str = "frame_{:04d}.png") -> dict[Path, bytes]:
-    folder.mkdir(parents=True)
-    for index in range(4):
-        write_png(folder / name.format(index), np.full((16, 16, 3), 60 * index, np.uint8))
-    return contents(folder)
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def options(checkpoint: Path, source: Path, output: Path, **others: object) -> PredictOptions:
-    values = {"context": 2, "future": 3, **others}
-    return PredictOptions(checkpoint=str(checkpoint), input=str(source), output=str(output), **values)  # type: ignore[arg-type]
+    return save_predictor(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.mark.parametrize("name", ["frame_{:04d}.png", "picture {}.png"])
@@ -179,12 +153,14 @@ def test_frames_come_one_by_one_and_are_those_of_predict(decoding: str, history:
     torch.testing.assert_close(torch.cat([first, *stream], dim=2), whole, atol=1e-5, rtol=0)
 
 
-def test_the_keys_of_decoding_reach_the_plan(checkpoint: Path, tmp_path) -> None:
+def test_the_keys_of_decoding_reach_the_plan(checkpoint: Path, tmp_path, capsys) -> None:
     write_pictures(tmp_path / "in")
     source, keys = tmp_path / "in", {"future": 8, "long": LongKeys("reprefill", 3), "samples": 2}
     raster = predict_file(options(checkpoint, source, tmp_path / "raster", **keys))
     fast = predict_file(options(checkpoint, source, tmp_path / "fast", decoding="speculative", **keys))
+    assert "trained for" not in capsys.readouterr().out
     rows = predict_file(options(checkpoint, source, tmp_path / "rows", decoding="diagonal", diagonal=DiagonalKeys(1, 2), **keys))
+    assert "this model was not trained for decoding=diagonal" in capsys.readouterr().out.splitlines()[0]
     tokens = [(tmp_path / name / "tokens.safetensors").read_bytes() for name in ("raster", "fast")]
     assert tokens[0] == tokens[1]
     assert raster["forward_passes_per_frame"] == 4

@@ -23,19 +23,21 @@ from vidgpt.plots import (
     plot_accuracy_by_horizon,
     plot_accuracy_by_position,
     plot_changes_by_horizon,
+    plot_changes_by_position,
     plot_losses,
     plot_psnr_by_horizon,
 )
 from vidgpt.report import (
     GIVEN_COLOUR,
     PREDICTED_COLOUR,
+    STRIP_GAP,
     Clip,
     Report,
     strip_image,
     write_report,
 )
-from vidtok.page_parts import Figure, Table, difference_frames, format_cell
-from vidtok.plots import plot_curves, spread
+from vidtok.page_parts import Figure, Measured, Table, difference_frames, format_cell, table_card
+from vidtok.plots import Curve, plot_curves, spread
 
 
 def frames(seed: int, count: int = 5, height: int = 6, width: int = 8) -> np.ndarray:
@@ -103,7 +105,7 @@ def test_text_is_escaped(tmp_path: Path) -> None:
         clips=[Clip({bad: frames(0)}, 1, bad)],
     )
     text = write_report(report, tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "<script" not in text
+    assert text.count("<script") == 1 and "<script>alert" not in text
     assert text.count("&lt;script&gt;") >= 8
 
 
@@ -114,11 +116,22 @@ def test_a_moving_picture_holds_all_frames_in_order_and_unchanged(page: str) -> 
     assert np.array_equal(columns[3].reshape(4, 6, 8, 3), frames(2, 4))
 
 
-def test_pictures_frames_and_badges_move_by_the_same_clock(page: str) -> None:
-    assert "--frames: 5; --seconds: 0.6250s" in page
-    assert "turn-2-5-screen { 0% { outline-color: var(--given); border-color: var(--given); } 40.0000% {" in page
-    assert "@keyframes turn-0-4-given { 0% { visibility: hidden; } 100% { visibility: hidden; } }" in page
-    assert page.rindex("animation: play") > page.rindex("base64,")
+def test_one_player_moves_every_clip_and_the_page_begins_with_what_is_given(page: str) -> None:
+    assert page.count('class="player"') == page.count("<script>") == 1
+    assert 'max="5" value="1"' in page and "--share: 37.50%" in page and 'data-fps="8"' in page
+    assert 'class="card clip" data-frames="5" data-context="2"' in page
+    assert 'class="card clip predicted" data-frames="4" data-context="0"' in page
+    badges = re.findall(r'class="badge">([^<]*)<', page)
+    assert badges == ["given 1", "predicted 1"]
+    assert "prefers-reduced-motion" in page and "<noscript>" in page
+
+
+def test_panels_are_whole_multiples_of_their_frames_and_never_wider_than_the_page(tmp_path: Path) -> None:
+    rows = {str(index): frames(index, 2, 64, 64) for index in range(5)}
+    report = Report("t", "s", [Clip(dict(list(rows.items())[:count]), 1) for count in (1, 4, 5)], legend={"right": "#2563eb"})
+    text = write_report(report, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert [int(width) for width in re.findall(r"--width: (\d+)px", text)] == [256, 256, 192]
+    assert '<span class="key filled" style="--key: #2563eb">right</span>' in text
 
 
 def test_small_frames_are_enlarged_by_a_whole_factor_to_at_least_192_pixels(page: str) -> None:
@@ -137,7 +150,7 @@ def test_a_large_moving_picture_is_compressed(tmp_path: Path) -> None:
 def test_an_empty_report_has_a_title_and_no_empty_sections(tmp_path: Path) -> None:
     page = Page(write_report(Report("Title", "Sentence."), tmp_path / "r.html").read_text(encoding="utf-8"))
     assert "Title" in page.text
-    assert "section" not in page.tags
+    assert not {"section", "script"} & set(page.tags)
 
 
 def test_clips_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
@@ -158,6 +171,23 @@ def test_numbers_are_short_and_nothing_measured_is_a_dash() -> None:
     cells = (None, math.nan, 3, "text", 0.0, 0.81234, 12.345, 123.45, 12345.6, 0.000976, -0.5)
     expected = ["–", "–", "3", "text", "0.000", "0.812", "12.35", "123.5", "12,345.6", "0.000976", "-0.500"]
     assert [format_cell(cell) for cell in cells] == expected
+
+
+def test_an_interval_stands_below_its_number() -> None:
+    card = table_card(Table("t", ["", "PSNR"], [["model", Measured("31.2", "30 – 32")]]))
+    assert "<td>31.2<small>30 – 32</small></td>" in card
+    assert format_cell(Measured("31.2", "30 – 32")) == "31.2 (30 – 32)"
+
+
+def test_a_band_is_drawn_around_its_curve_and_leaves_it_as_it_is(tmp_path: Path) -> None:
+    pictures = []
+    for band in ({}, {"low": [0.0, 0.1], "high": [1.0, 0.9]}):
+        curve = Curve("model", [1, 2], [0.5, 0.5], "#2563eb", **band)
+        path = plot_curves(tmp_path / "a.png", [curve], title="t", x_label="x", y_label="y", unit="fraction", least_span=1.0)
+        pictures.append(np.asarray(Image.open(path).convert("RGB")).astype(int))
+    # A pale blue: the ink of the curve at less than a fifth.
+    pale = [((np.abs(picture - np.array([216, 226, 252])).sum(-1)) < 12).mean() for picture in pictures]
+    assert pale[0] < 0.005 < 0.1 < pale[1]
 
 
 def test_the_difference_is_absolute_and_does_not_wrap_around() -> None:
@@ -187,10 +217,12 @@ def test_the_strip_shows_every_frame_once_in_reading_order_with_given_ones_frame
         assert borders == [GIVEN_COLOUR, PREDICTED_COLOUR, PREDICTED_COLOUR]
 
 
-def test_a_long_strip_goes_on_below_and_a_short_row_leaves_places_empty() -> None:
+def test_a_long_strip_goes_on_below_without_a_row_that_has_ended_and_a_short_row_leaves_places_empty() -> None:
     short = strip_image({"real": frames(5, 12)}, 4)
     long = strip_image({"real": frames(5, 12), "predicted": frames(6, 14)}, 4)
-    assert long.shape[0] > 3 * short.shape[0]
+    longer = strip_image({"real": frames(5, 13), "predicted": frames(6, 14)}, 4)
+    row = strip_image({"real": frames(5, 12), "predicted": frames(6, 12)}, 4).shape[0] - short.shape[0]
+    assert (long.shape[0], longer.shape[0]) == (2 * short.shape[0] + row - STRIP_GAP, 2 * (short.shape[0] + row) - STRIP_GAP)
     first, last = near(long, frames(6, 14)[0], 12), near(long, frames(6, 14)[13], 12)
     assert last[0] > first[0]
 
@@ -206,7 +238,7 @@ def token_report() -> TokenReport:
         meter.update(scores.get(name, scores["unigram"]), changed_tokens(indices))
     rollout = RolloutMeter((2, 3))
     rollout.update(indices[:, 2:], indices[:, 2:], indices[:, 1])
-    return TokenReport(2, 2, meters, rollout)
+    return TokenReport(2, 2, meters, {"model": rollout})
 
 
 def test_every_figure_is_a_picture_with_ink_readable_on_a_phone(token_report: TokenReport, tmp_path: Path) -> None:
@@ -217,6 +249,7 @@ def test_every_figure_is_a_picture_with_ink_readable_on_a_phone(token_report: To
         plot_accuracy_by_horizon(token_report, tmp_path / "b.png"),
         plot_accuracy_by_position(token_report, tmp_path / "c.png"),
         plot_changes_by_horizon(token_report, tmp_path / "d.png"),
+        plot_changes_by_position(token_report, tmp_path / "g.png"),
         plot_losses(tmp_path / "metrics.jsonl", tmp_path / "e.png"),
         plot_psnr_by_horizon({"prediction": [30.0, 29.0], "copy_last_frame": [28.0, 25.0]}, tmp_path / "f.png"),
     ]
@@ -235,7 +268,7 @@ def test_a_figure_without_points_is_refused(token_report: TokenReport, tmp_path:
     with pytest.raises(ValueError, match="'Nothing' got no points"):
         plot_curves(tmp_path / "a.png", [], title="Nothing", x_label="x", y_label="y")
     with pytest.raises(ValueError, match="no points"):
-        plot_accuracy_by_horizon(replace(token_report, free_running=None), tmp_path / "a.png")
+        plot_accuracy_by_horizon(replace(token_report, free_running={}), tmp_path / "a.png")
 
 
 def test_labels_keep_their_order_do_not_overlap_and_stay_below_the_top() -> None:

@@ -172,7 +172,7 @@ def keep_too_few_frames(patch: pytest.MonkeyPatch) -> None:
 
 
 def guidance_is_two_passes() -> bool:
-    model, given, actions = net(num_actions=3), clips(), chosen(3, 6)
+    model, given, actions = net(num_actions=3, action_dropout=0.1), clips(), chosen(3, 6)
     layout, holds = model.model.layout, True
     plain = roll(model, given, 4, actions=actions)
     holds &= torch.equal(roll(model, given, 4, actions=actions, guidance=1.0), plain)
@@ -195,7 +195,7 @@ def leave_actions_in(patch: pytest.MonkeyPatch) -> None:
 
 
 def guided_rows_are_alone() -> bool:
-    model, given, actions = net(num_actions=3), ragged(clips()), chosen(3, 7)
+    model, given, actions = net(num_actions=3, action_dropout=0.1), ragged(clips()), chosen(3, 7)
     rows = [actions[row, : len(clip) + 3] for row, clip in enumerate(given)]
     keys = {"options": SAMPLED, "guidance": 2.0, "samples": 2}
     together = roll(model, given, 3, actions=rows, **keys)

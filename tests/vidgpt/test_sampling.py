@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from vidgpt import sampling
 from vidgpt.layout import TokenLayout
 from vidgpt.noise import exponential_noise, sequence_keys
 from vidgpt.sampling import Sampler, SamplingOptions, accept_or_resample, filter_logits, sample
@@ -309,3 +310,21 @@ def test_the_temperature_follows_the_frames_drawn() -> None:
             assert torch.equal(drawn[row : row + 1, at], alone.draw(logits[row : row + 1, at], positions[row : row + 1, at]))
     steady = Sampler(layout, SamplingOptions(temperature=0.9), keys).draw(logits, positions)
     assert not torch.equal(drawn, steady)
+
+
+@pytest.mark.parametrize("factors", [(), (20, 30)], ids=["whole", "digits"])
+@pytest.mark.parametrize("digits", ["slots", "parallel"])
+@pytest.mark.parametrize(
+    "options", [SamplingOptions(), SamplingOptions(2.0, top_k=9), SamplingOptions(top_p=0.7, min_p=0.01)], ids=str
+)
+def test_a_large_vocabulary_draws_what_a_small_one_would(factors, digits: str, options: SamplingOptions, monkeypatch) -> None:
+    layout = TokenLayout(600, 2, 3, factors=factors, digits=digits)
+    positions = torch.arange(1, 6).expand(3, -1)
+    logits = torch.randn(3, 5, layout.num_logits, generator=torch.Generator().manual_seed(0)) * 2
+    sampler, found, races = Sampler(layout, options, sequence_keys(1, 3)), [], []
+    race = sampling.race
+    monkeypatch.setattr(sampling, "race", lambda *arguments: races.append(race(*arguments)) or races[-1])
+    for large in (1 << 20, 1):
+        monkeypatch.setattr(sampling, "LARGE", large)
+        found.append(sampler.draw(logits, positions))
+    assert races and torch.equal(*found)

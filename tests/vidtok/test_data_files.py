@@ -312,3 +312,25 @@ def test_a_large_file_is_known_by_both_its_ends(root: Path, cache: Path, place: 
     frames[place, 0 if place == 0 else -1] = 9
     np.save(root / "a.npy", frames)
     assert build(root, cache, validation=0, fps=5).manifest_hash != first
+
+
+def test_held_out_videos_of_a_folder_of_their_own_are_the_validation_split(root: Path, cache: Path, tmp_path: Path) -> None:
+    other = tmp_path / "test"
+    (root / "a").mkdir()
+    other.mkdir()
+    for path, count in ((root / "a" / "one.npy", 8), (root / "two.npy", 9), (other / "two.npy", 10), (other / "three.npy", 11)):
+        np.save(path, shades(count))
+    found = build(root, cache, validation_root=str(other))
+    lengths = {split: sorted(len(episode.frames) for episode in found.split(split)) for split in ("train", "validation")}
+    assert lengths == {"train": [8, 9], "validation": [10, 11]}
+    assert len({episode.source for episode in found.episodes}) == 4
+    assert build(root, cache).manifest_hash != found.manifest_hash
+    for folder in (root / "a", root, tmp_path):
+        with pytest.raises(ValueError, match="one lies in the other"):
+            build(root, cache, validation_root=str(folder))
+    with pytest.raises(ValueError, match=r"data.validation_root is .*nowhere, which does not exist"):
+        build(root, cache, validation_root=str(tmp_path / "nowhere"))
+    for path in other.iterdir():
+        path.write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"No file of one of data\.root and data\.validation_root can be used"):
+        build(root, cache, validation_root=str(other))

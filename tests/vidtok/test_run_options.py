@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from vidtok.run_options import RunOptions, check_options, options_from
+from vidtok.config import VidTokConfig
+from vidtok.data.options import DigitsOptions
+from vidtok.options import TrainTokenizerOptions
+from vidtok.run_options import RunOptions, check_options, default_values, options_from
+from vidtok.schema import config_dir
+from vidtok.train import main
 
 
 @pytest.mark.parametrize(
@@ -34,3 +41,20 @@ def test_options_survive_omegaconf() -> None:
     merged = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(RunOptions(run_dir="x", max_minutes=2, betas=[0.8, 0.9]))))
     options = options_from({str(key): merged[key] for key in merged} | {"data": {}})
     assert (options.max_minutes, options.betas) == (2, [0.8, 0.9])
+
+
+def test_default_values_are_those_of_the_composed_command() -> None:
+    main.register()
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        composed = OmegaConf.to_container(compose("vidtok_train", ["data=schema_digits", "tokenizer=schema", "run_dir=x"]))
+    defaults = default_values(TrainTokenizerOptions, {"data": DigitsOptions, "tokenizer": VidTokConfig})
+    leaves = {key: value for key, value in _flat(composed).items() if key not in ("run_dir", "debug")}
+    assert len(leaves) > 60 and {"data.frames", "tokenizer.norm", "gan.betas", "loss.l2_weight"} <= leaves.keys()
+    assert {key: value for key, value in leaves.items() if _flat(defaults).get(key, "absent") != value} == {}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found

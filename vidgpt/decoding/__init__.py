@@ -30,7 +30,7 @@ class DecodingOptions:
     plan: str = "raster"
     window: int = 1
     delay: int = 0
-    draft: str = "own"
+    draft: str = "auto"
     draft_length: int = 0
 
     def __post_init__(self) -> None:
@@ -38,12 +38,15 @@ class DecodingOptions:
         if self.plan not in PLANS:
             raise ValueError(f"decoding={self.plan!r} is not one of {', '.join(PLANS)}: choose one of these")
         if self.draft not in DRAFTS:
-            raise ValueError(f"draft={self.draft!r} is not one of {', '.join(DRAFTS)}: choose one of these")
-        if self.window < 1 or self.delay < 0 or self.draft_length < 0:
-            raise ValueError(
-                f"got window={self.window}, delay={self.delay} and draft_length={self.draft_length}: give a window of 1 or more, "
-                "the others 0 or more"
-            )
+            raise ValueError(f"speculative.draft={self.draft!r} is not one of {', '.join(DRAFTS)}: choose one of these")
+        least = {
+            "diagonal.window": (self.window, 1),
+            "diagonal.delay": (self.delay, 0),
+            "speculative.draft_length": (self.draft_length, 0),
+        }
+        for name, (value, allowed) in least.items():
+            if value < allowed:
+                raise ValueError(f"{name}={value} is not allowed: give {allowed} or more")
 
     @classmethod
     def from_keys(cls, plan: str, diagonal: DiagonalKeys, speculative: SpeculativeKeys) -> "DecodingOptions":
@@ -59,11 +62,22 @@ class DecodingOptions:
         is_raster = self.plan != "diagonal" or (self.window >= layout.width * layout.slots_per_place and not self.delay)
         return causal if is_raster else diagonal_rule(layout, self.window, self.delay)
 
-    def passes_per_frame(self, layout: TokenLayout) -> float | None:
-        """Give the forward passes a latent frame in closed form; None where they depend on the video."""
+    def passes_per_frame(self, layout: TokenLayout, frames: int | None = None) -> float | None:
+        """Give the forward passes a latent frame in closed form, the prefill's left out; None where they depend on the video.
+
+        frames: latent frames drawn from one prefill, over which the mean is taken; None: each further one of many.
+        """
+        if self.plan == "speculative":
+            return None
         if self.plan == "diagonal":
-            return diagonal_passes(layout, self.window, self.delay)
-        return None if self.plan == "speculative" else layout.slots_per_frame
+            each = diagonal_passes(layout, self.window, self.delay)
+            # Nothing goes on beside the end of the last one.
+            more = diagonal_passes(layout, self.window) - each
+        else:
+            # generate reads each lead in a pass of its own, but for the first, which it reads together with the prompt.
+            is_generate = self.plan == "transformers"
+            each, more = (layout.tokens_per_frame, -1) if is_generate else (layout.slots_per_frame, 0)
+        return each if frames is None else each + more / frames
 
     def _function(self) -> Callable[[Reader, Tensor], Iterator[Tensor]]:
         functions: dict[str, Callable[[Reader, Tensor], Iterator[Tensor]]] = {

@@ -8,11 +8,12 @@ place, seen by nobody else, and the true one is read as soon as it is drawn. Sou
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import chain, count
+from dataclasses import dataclass, field, replace
+from itertools import chain, count, islice
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vidgpt.decoding.reader import Queries, Reader
 from vidgpt.layout import TokenLayout
@@ -35,12 +36,13 @@ class Pass:
         return [*self.ends, *self.queries]
 
 
-def schedule(layout: TokenLayout, first: int, frames: int, window: int, delay: int) -> list[Pass]:
-    """Give the passes that draw `frames` frames from position `first` on; the slot before it is drawn, but not read."""
+def schedule(layout: TokenLayout, first: int, frames: int, window: int, delay: int) -> Iterator[Pass]:
+    """Yield the passes that draw `frames` frames from position `first` on; the slot before it is drawn, but not read."""
     columns, size = layout.width * layout.slots_per_place, layout.tokens_per_frame
     window, step = min(window, columns), diagonal_passes(layout, window, delay)
     age = stand_in_age(layout, window, delay)
     passes = defaultdict[int, Pass](Pass)
+    passes[0].ends.append(first - 1)
     for frame in range(frames):
         lead = first + frame * size
         for row in range(layout.height):
@@ -53,23 +55,23 @@ def schedule(layout: TokenLayout, first: int, frames: int, window: int, delay: i
                 # Nobody's query, because the row below has begun, or comes with the next frame.
                 passes[begin + columns].ends.append(before + columns)
         passes[begin + columns - 1].complete += 1
-    passes[0].ends.append(first - 1)
-    return [passes[number] for number in sorted(passes) if passes[number].queries]
+        # The frames to come begin later: these passes are whole.
+        yield from (passes.pop(number) for number in range(frame * step, (frame + 1) * step))
+    yield from (passes[number] for number in sorted(passes) if passes[number].queries)
 
 
 def diagonal(reader: Reader, leads: Tensor, window: int = 1, delay: int = 0) -> Iterator[Tensor]:
     """Yield the picture slots of each frame to come, arguments as of raster."""
     layout, size = reader.layout, reader.layout.tokens_per_frame
     step, row_rule = diagonal_passes(layout, window, delay), diagonal_rule(layout, window, delay, begins_row=True)
-    passes = schedule(layout, reader.length, leads.shape[1], window, delay)
-    end = reader.length
+    passes = iter(schedule(layout, reader.length, leads.shape[1], window, delay))
+    end, former = reader.length, None
     reader.extend(leads)
-    for begin in range(0, len(passes), step):
-        block = passes[begin : begin + step]
+    while block := list(islice(passes, step)):
         ends = [end := max(end, *due.reads, 0) for due in block]
         writes = [_writes(due, last + 1) for due, last in zip(block, ends, strict=True)]
-        queries, slots, sources = _prepare(reader, block, writes, row_rule)
-        start = 0
+        former = _prepare(reader, block, writes, row_rule, former)
+        queries, slots, sources, start = former.queries, former.places[2:], former.sources, 0
         for due, written, last in zip(block, writes, ends, strict=True):
             stop = start + len(written)
             part = queries.part(start, stop)
@@ -92,11 +94,35 @@ def _writes(due: Pass, free: int) -> list[int]:
     return [next(spare) if position in due.sources else position for position in due.reads]
 
 
-def _prepare(reader: Reader, block: list[Pass], writes: list[list[int]], row_rule: MaskRule) -> tuple[Queries, Tensor, Tensor]:
-    """Give the queries of several passes, one behind the other, the slots (1, n) they write and the positions (B, n) of their ids."""
+@dataclass(frozen=True)
+class _Block:
+    """What several passes read, one behind the other."""
+
+    places: Tensor  # (3, n): positions, those of their ids, slots to write
+    queries: Queries
+    sources: Tensor  # (B, n), as each row counts the second of the places
+
+    def is_a_frame_before(self, reader: Reader, places: Tensor) -> bool:
+        """Tell whether other places are these, a frame on, and see what these see and the first frame, which all of these see."""
+        size = reader.layout.tokens_per_frame
+        is_endless = reader.starts is None and not reader.model.config.attention_frames
+        if not is_endless or places.shape != self.places.shape or not torch.equal(places, self.places + size):
+            return False
+        assert self.queries.mask is not None
+        return not bool(self.queries.mask[..., :size].any())
+
+
+def _prepare(
+    reader: Reader, block: list[Pass], writes: list[list[int]], row_rule: MaskRule, former: _Block | None = None
+) -> _Block:
+    """Make ready to read several passes; former: the block before, which is often the same but for the frame."""
     reads = [position for due in block for position in due.reads]
     sources = [due.sources.get(position, position) for due in block for position in due.reads]
     places = torch.tensor([reads, sources, list(chain(*writes))], device=reader.device)
+    if former is not None and former.queries.mask is not None and former.is_a_frame_before(reader, places):
+        queries = reader.queries(places[0], max(chain(*writes)) + 1, use_mask=False)
+        mask = F.pad(former.queries.mask, (reader.layout.tokens_per_frame, 0))
+        return _Block(places, replace(queries, mask=mask), places[1:2].expand(reader.batch, -1))
     is_stand_in = (places[0] != places[1])[:, None]
 
     def allow(query_positions: Tensor, key_positions: Tensor) -> Tensor:
@@ -110,4 +136,4 @@ def _prepare(reader: Reader, block: list[Pass], writes: list[list[int]], row_rul
         size = reader.layout.tokens_per_frame
         missing = -(-(reader.starts[:, None] - own) // size)
         own = torch.where(is_stand_in[:, 0], own + missing.clamp(min=0) * size, own)
-    return queries, places[2:], own
+    return _Block(places, queries, own)

@@ -70,6 +70,7 @@ class Reader:
     starts: Tensor | None = field(init=False, default=None)  # (B,) whole frames; None where all rows begin at 0
     drawn_before: Tensor | int = field(init=False, default=0)  # (B, 1) positions that each row has drawn before position 0
     length: int = field(init=False, default=0)  # positions drawn, whole frames
+    context_states: Tensor = field(init=False)  # (B, up to a frame, D), what prefill read last
 
     def __post_init__(self) -> None:
         """Allocate the cache and room for the ids."""
@@ -99,7 +100,8 @@ class Reader:
         self.tokens, self.length = context, context.shape[1]
         positions = torch.arange(self.length - 1, device=self.device)
         queries = self.queries(positions, self.length - 1, use_mask=not self.is_plain)
-        self.read(queries, self.length - 1, is_causal=self.is_plain)
+        keep = min(self.length - 1, self.layout.tokens_per_frame)
+        self.context_states = self.read_states(queries, self.length - 1, is_causal=self.is_plain, keep=keep)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # or the time would be that of asking for it
         self.work.prefills += 1
@@ -109,7 +111,7 @@ class Reader:
         """Let every row stand `samples` times, row by row: several futures of one context share its prefill."""
         self.cache.repeat_rows(samples)
         self.batch, self.sampler = self.batch * samples, sampler
-        self.tokens = self.tokens.repeat_interleave(samples, dim=0)
+        self.tokens, self.context_states = (part.repeat_interleave(samples, dim=0) for part in (self.tokens, self.context_states))
         if self.starts is not None:
             self.starts = self.starts.repeat_interleave(samples)
 
@@ -139,7 +141,27 @@ class Reader:
         is_causal: bool = False,
         keep: int = 1,
     ) -> Tensor:
-        """Read queries in one forward pass; gives the logits (B, keep, num_logits) of the last ones.
+        """Read queries in one forward pass; gives the logits (B, keep, num_logits) of the last ones. Arguments as of read_states."""
+        return self.logits(self.read_states(queries, end, ids, slots, is_causal, keep))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Give the logits (B, n, num_logits) of what comes next, from what read_states gives."""
+        logits = self.model.logits(states)
+        if self.is_guided:
+            given, free = logits.chunk(2)
+            logits = free + self.guidance * (given - free)
+        return logits
+
+    def read_states(
+        self,
+        queries: Queries,
+        end: int,
+        ids: Tensor | None = None,
+        slots: Tensor | None = None,
+        is_causal: bool = False,
+        keep: int = 1,
+    ) -> Tensor:
+        """Read queries in one forward pass; gives the states (B, or with guidance 2 B, keep, D) of the last ones.
 
         ids: (B, n), by default those drawn at their positions. slots: (1, n) positions under which to write, by default their own.
         end: above all positions in use, those of this pass included.
@@ -157,37 +179,32 @@ class Reader:
         with self.cache.writing(writes, end) as in_slots:
             mask = None if mask is None else mask[..., : in_slots.shape[1]]
             places = queries.places if not self.is_guided or len(queries.places) == 1 else queries.places.repeat(2, 1)
-            logits = self.model.read(ids, places, turns, self.cache, mask, is_causal, keep)
+            states = self.model.read(ids, places, turns, self.cache, mask, is_causal, keep)
         self.work.forward_passes += 1
-        if self.is_guided:
-            given, free = logits.chunk(2)
-            logits = free + self.guidance * (given - free)
-        return logits
+        return states
 
     def draw(self, logits: Tensor, positions: Tensor) -> Tensor:
         """Draw ids (B, n) for positions (1 or B, n) from the logits that predict them."""
+        return self.sampler.draw(logits, self._own(positions))
+
+    def guess(self, states: Tensor, positions: Tensor) -> Tensor:
+        """Guess ids (B, n) for positions (1 or B, n) by the draft head, from the states of a frame before those that predict them."""
+        # Guided or not: a guess is a guess.
+        return self.sampler.guess(self.model.draft_logits(states[: self.batch]), self._own(positions))
+
+    def _own(self, positions: Tensor) -> Tensor:
+        """Give positions (1 or B, n) as each row counts them, (B, n)."""
         own = positions + self.drawn_before
         if self.starts is not None:
             own = own - self.starts[:, None]
-        return self.sampler.draw(logits, own.expand(self.batch, -1))
+        return own.expand(self.batch, -1)
 
     def _mask(self, positions: Tensor, end: int, rule: MaskRule) -> Tensor:
-        keys = self._slot_positions(end)
-        allowed = rule_of(self.model.config, rule)(positions[:, None], keys[None]) & (keys >= 0)
-        allowed = allowed[None, None]
+        keys = self.cache.slot_positions(end, self.device)
+        allowed = rule_of(self.model.config, rule)(positions[:, None], keys[None])[None, None]
         if self.starts is not None:
             begun, is_own = (where[None] >= self.starts[:, None] for where in (positions, keys))
             # Before its start a row has nothing to see: every token there keeps itself, or its softmax would be NaN.
             alone = (positions[:, None] == keys) & ~begun[:, None, :, None]
             allowed = (allowed & is_own[:, None, None]) | alone
         return torch.zeros(allowed.shape, dtype=self.model.dtype, device=self.device).masked_fill_(~allowed, MINUS_INFINITY)
-
-    def _slot_positions(self, end: int) -> Tensor:
-        """Give the newest position below `end` that each slot in use may hold, -1 for none."""
-        size, sinks = self.cache.num_slots, self.cache.sink_slots
-        slots = torch.arange(min(end, size), device=self.device)
-        if end <= size:
-            return slots
-        ring = size - sinks
-        newest = slots + (end - 1 - slots) // ring * ring
-        return torch.where(slots < sinks, slots, newest)

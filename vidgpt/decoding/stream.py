@@ -13,6 +13,7 @@ from vidgpt.decoding.reader import Reader
 from vidgpt.decoding.work import Work
 from vidgpt.fused import FusedModel
 from vidgpt.layout import TokenLayout
+from vidgpt.masks import causal, diagonal_passes
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.noise import sequence_keys
 from vidgpt.sampling import Sampler, SamplingOptions
@@ -68,7 +69,7 @@ def stream_tokens(
     clips = list(context)
     lengths = [len(clip) for clip in clips]
     check_future(fused.config, lengths, future, plan, long)
-    check_guidance(fused.layout, guidance, plan)
+    check_guidance(fused.config, guidance, plan)
     if plan.plan == "transformers" and (fused.is_compiled or fused.dtype != fused.source.dtype):
         raise ValueError(
             "decoding=transformers runs the model as the library does, and knows no compile=true and no other precision: leave them "
@@ -86,10 +87,23 @@ def stream_tokens(
 
     frames = _capacity(fused, max(lengths), future, plan, long)
     reader = Reader(fused, sampler(1), used, len(clips), frames, guidance, plan.rule(fused.layout))
-    return _frames(reader, prompt, starts, leads, samples, sampler(samples), plan, long)
+    return without_gradients(_frames(reader, prompt, starts, leads, samples, sampler(samples), plan, long))
 
 
-@torch.no_grad()
+def without_gradients(frames: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Pass on what is made without gradients; what the caller does in between keeps its own mode.
+
+    Not torch.no_grad's decorator: a generator of its making needs torch when it is closed, and one that is still alive when the
+    interpreter ends finds none.
+    """
+    while True:
+        with torch.no_grad():
+            frame = next(frames, None)
+        if frame is None:
+            return
+        yield frame
+
+
 def _frames(
     reader: Reader,
     prompt: Tensor,
@@ -172,6 +186,11 @@ def check_future(
         raise ValueError(f"context of {min(lengths, default=0)} and future of {future} frames: both must be 1 or more")
     if plan.plan == "transformers" and TokenLayout.from_config(config).is_parallel:
         raise ValueError("decoding=transformers draws one id a place, this model predicts several digits at once: use raster")
+    if plan.plan == "speculative" and plan.draft == "head" and not config.draft_head:
+        raise ValueError(
+            "speculative.draft=head needs a model with a draft head: train one with init_from=DIR train_only=draft_head, or use "
+            "speculative.draft=own"
+        )
     if config.sink_frames and len(set(lengths)) > 1:
         raise ValueError("clips of different lengths and sink_frames exclude each other: give clips of one length")
     if long.mode == "window":
@@ -194,11 +213,35 @@ def check_future(
         )
 
 
-def check_guidance(layout: TokenLayout, guidance: float, plan: DecodingOptions) -> None:
-    """Raise ValueError for guidance where there is nothing to be guided by, or a plan that knows none."""
-    if guidance != 1 and plan.plan == "transformers":
-        raise ValueError(f"decoding=transformers knows no guidance={guidance}: use decoding=raster or speculative")
-    if guidance != 1 and not layout.num_actions:
-        raise ValueError(f"guidance={guidance} needs a model that was trained with actions: leave it at 1")
+def check_guidance(config: VidGPTConfig, guidance: float, plan: DecodingOptions) -> None:
+    """Raise ValueError for guidance where there is nothing to be guided by or away from, or a plan that knows none."""
     if not guidance >= 0:
         raise ValueError(f"guidance={guidance} is no number of 0 or more: 1 is off, 1.5 to 3 are usual")
+    if guidance != 1 and plan.plan == "transformers":
+        raise ValueError(f"decoding=transformers knows no guidance={guidance}: use decoding=raster or speculative")
+    if guidance != 1 and not config.num_actions:
+        raise ValueError(f"guidance={guidance} needs a model that was trained with actions: leave it at 1")
+    if guidance != 1 and not config.action_dropout:
+        raise ValueError(
+            f"guidance={guidance} needs a model that was trained without its actions too, at times: leave it at 1, or train on with "
+            "action_dropout=0.1"
+        )
+
+
+def unlike_training(config: VidGPTConfig, plan: DecodingOptions) -> str | None:
+    """Say in one line what a model was not trained for, where a plan asks it for tokens drawn from less than all before them."""
+    layout = TokenLayout.from_config(config)
+    if plan.plan != "diagonal" or plan.rule(layout) is causal:
+        return None
+    asked = f"diagonal.window={plan.window} diagonal.delay={plan.delay}"
+    if not config.diagonal_share:
+        return f"this model was not trained for decoding=diagonal, which costs quality: train on with diagonal.share=0.5 {asked}"
+    columns = layout.width * layout.slots_per_place
+    trained, wanted = (
+        (min(window, columns), diagonal_passes(layout, window, delay))
+        for window, delay in ((config.diagonal_window, config.diagonal_delay), (plan.window, plan.delay))
+    )
+    if trained == wanted:
+        return None
+    known = f"diagonal.window={config.diagonal_window} diagonal.delay={config.diagonal_delay}"
+    return f"this model was trained for {known}, and {asked} costs quality: decode as it was trained"

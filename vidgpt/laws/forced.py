@@ -3,6 +3,7 @@
 Then every logit of a plan has one true value, also where sampled ids would have parted long before.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,9 +22,12 @@ from vidgpt.noise import sequence_keys
 from vidgpt.sampling import Sampler, SamplingOptions
 
 GREEDY = SamplingOptions(temperature=0.0)
-RASTER = DecodingOptions("raster")
+RASTER, SPECULATIVE = DecodingOptions("raster"), DecodingOptions("speculative")
 # Largest difference of two computations of the same logits in fp32, as a share of their standard deviation.
 TOLERANCE = 1e-4
+# Times what a lower precision does to the uncached model itself: two computations are each so far from the truth, and another order of
+# operations may round worse than the one that was measured.
+ROUNDINGS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,26 +84,52 @@ class Subject:
         """Give the standard deviation of the logits over ids."""
         return float(self.logits.float().std(-1).mean())
 
+    @property
+    def is_fp32(self) -> bool:
+        """Tell whether decoding computes in fp32, as the uncached model always does."""
+        return self.fused.dtype == torch.float32
+
+    @cached_property
+    def rounding(self) -> float:
+        """Give how far the uncached model in decoding's precision is from itself in fp32, at most, as a share of the spread."""
+        return float((self.rounded(self.input_ids) - self.logits).abs().max()) / self.spread
+
+    @cached_property
+    def rounded_model(self) -> VidGPTForCausalLM:
+        """Give the uncached model in decoding's precision."""
+        return copy.deepcopy(self.model).to(self.fused.dtype)
+
+    @cached_property
+    def tolerance(self) -> float:
+        """Give how far logits may be from the uncached ones, as a share of their spread."""
+        return TOLERANCE if self.is_fp32 else ROUNDINGS * self.rounding
+
     @torch.no_grad()
     def uncached(self, input_ids: Tensor) -> Tensor:
         """Give the logits of whole sequences (B, L), row by row: the same for any batch."""
         return torch.cat([self.model(row[None], use_cache=False).logits for row in input_ids])
 
+    @torch.no_grad()
+    def rounded(self, input_ids: Tensor) -> Tensor:
+        """Give what `uncached` gives, in fp32, as computed in decoding's precision."""
+        return torch.cat([self.rounded_model(row[None], use_cache=False).logits for row in input_ids]).float()
+
     def sampler(self, options: SamplingOptions, rows: int | None = None, first: int = 0) -> Sampler:
         """Make what draws sequences first, first + 1, ..."""
         return Sampler(self.layout, options, sequence_keys(self.seed, rows or self.batch, self.fused.device, first=first))
 
-    def reader(self, plan: DecodingOptions = RASTER, batch: int | None = None, num_frames: int | None = None) -> Reader:
+    def reader(
+        self, plan: DecodingOptions = RASTER, batch: int | None = None, num_frames: int | None = None, guidance: float = 1.0
+    ) -> Reader:
         """Make the state of a rollout of greedy draws."""
-        batch = batch or self.batch
-        sampler = self.sampler(GREEDY, batch)
-        return Reader(self.fused, sampler, Work(), batch, num_frames or self.frames + 1, rule=plan.rule(self.layout))
+        batch, frames = batch or self.batch, num_frames or self.frames + 1
+        return Reader(self.fused, self.sampler(GREEDY, batch), Work(), batch, frames, guidance, plan.rule(self.layout))
 
     def rollout(
         self, plan: DecodingOptions, options: SamplingOptions, rows: Sequence[int] | None = None, long: LongOptions | None = None,
-        future: int | None = None, first: int = 0,
+        future: int | None = None, first: int = 0, samples: int = 1,
     ) -> Tensor:  # fmt: skip
-        """Give the input ids (rows, L) of contexts and what a plan makes of them."""
+        """Give the input ids (rows * samples, L) of contexts and what a plan makes of them."""
         chosen = list(range(self.batch)) if rows is None else list(rows)
         future = future or self.frames - self.context
         given, total = self.indices[chosen, : self.context], self.context + future
@@ -114,7 +144,10 @@ class Subject:
             actions=actions,
             long=long,
             first_sequence=first,
+            samples=samples,
         )
+        given = given.repeat_interleave(samples, dim=0)
+        actions = None if actions is None else actions.repeat_interleave(samples, dim=0)
         return self.layout.flatten(torch.cat([given, torch.stack(list(frames), dim=1)], dim=1), actions)
 
 

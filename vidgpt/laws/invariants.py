@@ -1,13 +1,9 @@
-"""Laws that every model must keep while it decodes, each a function that says how well a subject keeps it.
-
-Logits are compared relative to their spread. Where two computations give different ids, each id must be what the uncached model draws
-there, or its score so close to that one's that rounding decides: a near tie, which is counted and told.
-"""
+"""Laws that every model must keep while it decodes, each a function that says how well a subject keeps it."""
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,10 +14,11 @@ from vidgpt.decoding import DecodingOptions
 from vidgpt.decoding.stream import LongOptions
 from vidgpt.diagonal_training import diagonal_batch
 from vidgpt.fused import FusedModel
+from vidgpt.laws.comparing import Finding, close, compare, drawn, predicting, same_ids
 from vidgpt.laws.forced import (
     GREEDY,
     RASTER,
-    TOLERANCE,
+    SPECULATIVE,
     Subject,
     begin,
     go_on,
@@ -35,26 +32,12 @@ from vidgpt.sampling import Sampler, SamplingOptions
 from vidtok.fingerprint import fingerprint
 from vidtok.folders import load_model, save_model
 
-SPECULATIVE = DecodingOptions("speculative")
 SAMPLED = SamplingOptions(temperature=1.0)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One law and what was seen of it."""
-
-    law: str
-    is_kept: bool | None  # None where the law says nothing about this model
-    seen: str
-
-    def __str__(self) -> str:
-        """Give one line."""
-        return f"{'n/a ' if self.is_kept is None else 'pass' if self.is_kept else 'FAIL'}  {self.law}: {self.seen}"
 
 
 def cached(subject: Subject) -> Finding:
     """Compare step by step reading with a cache and a forward pass over the whole sequence."""
-    return _close(subject, "cached = uncached", [(play(subject.reader(), subject.input_ids, 1), _predicting(subject, 1))])
+    return close(subject, "cached = uncached", [(play(subject.reader(), subject.input_ids, 1), predicting(subject, 1))])
 
 
 def prefill_splits(subject: Subject) -> Finding:
@@ -64,14 +47,14 @@ def prefill_splits(subject: Subject) -> Finding:
     cuts = [[], list(range(size, length, size)), [length - 3, length - 2, length - 1]]
     cuts += [sorted(set((torch.randperm(length - 1, generator=generator)[:5] + 1).tolist())) for _ in range(2)]
     pairs = [(read_pieces(subject.reader(), subject.input_ids, [*ends, length]), subject.logits) for ends in cuts]
-    return _close(subject, f"any of {len(cuts)} splits into prefill and steps = one pass", pairs)
+    return close(subject, f"any of {len(cuts)} splits into prefill and steps = one pass", pairs)
 
 
 def batch_rows(subject: Subject) -> Finding:
     """Compare rows of a batch with each row alone."""
     together = play(subject.reader(), subject.input_ids, subject.context)
     alone = [play(subject.reader(batch=1), row[None], subject.context) for row in subject.input_ids]
-    return _close(subject, "a row of a batch = the row alone", [(together, torch.cat(alone))])
+    return close(subject, "a row of a batch = the row alone", [(together, torch.cat(alone))])
 
 
 def ragged_rows(subject: Subject) -> Finding:
@@ -91,31 +74,31 @@ def ragged_rows(subject: Subject) -> Finding:
     logits = play(subject.reader(), padded, subject.context, starts=starts)
     where = picture_positions(layout, subject.context, subject.frames, logits.device) - 1
     alone = [subject.uncached(row)[:, where - start] for row, start in zip(rows, starts, strict=True)]
-    return _close(subject, law, [(logits, torch.cat(alone))])
+    return close(subject, law, [(logits, torch.cat(alone))])
 
 
 def speculative_logits(subject: Subject) -> Finding:
     """Compare what speculative decoding accepts by with the uncached model, for every way to guess."""
     plans = (SPECULATIVE, replace(SPECULATIVE, draft="previous"), replace(SPECULATIVE, draft_length=3))
-    expected = _predicting(subject, subject.context)
+    expected = predicting(subject, subject.context)
     pairs = [(play(subject.reader(plan), subject.input_ids, subject.context, plan), expected) for plan in plans]
-    return _close(subject, "speculative = uncached", pairs)
+    return close(subject, "speculative = uncached", pairs)
 
 
 def speculative_greedy(subject: Subject) -> Finding:
     """Compare greedy ids of the two plans."""
-    return _same_ids(subject, "speculative = raster, greedy ids", SPECULATIVE, GREEDY)
+    return same_ids(subject, "speculative = raster, greedy ids", SPECULATIVE, GREEDY)
 
 
 def speculative_sampled(subject: Subject) -> Finding:
     """Compare ids of the two plans that one seed draws."""
-    return _same_ids(subject, "speculative = raster, sampled ids of one seed", SPECULATIVE, SAMPLED)
+    return same_ids(subject, "speculative = raster, sampled ids of one seed", SPECULATIVE, SAMPLED)
 
 
 def wide_diagonal(subject: Subject) -> Finding:
     """Compare sampled ids of a diagonal that waits for whole rows with raster's."""
     plan = DecodingOptions("diagonal", window=subject.layout.width * subject.layout.slots_per_place)
-    return _same_ids(subject, "diagonal with a window of a row = raster, sampled ids of one seed", plan, SAMPLED)
+    return same_ids(subject, "diagonal with a window of a row = raster, sampled ids of one seed", plan, SAMPLED)
 
 
 def narrow_diagonal(subject: Subject) -> Finding:
@@ -127,7 +110,7 @@ def narrow_diagonal(subject: Subject) -> Finding:
     # 1: as many frames under way as there can be; the height: one stack of rows, as in the paper.
     plans = [DecodingOptions("diagonal", window=1, delay=delay) for delay in (0, 1, layout.height)]
     ids = subject.input_ids
-    return _close(
+    return close(
         subject, law, [(play(subject.reader(plan), ids, subject.context, plan), _laid_out(subject, plan)) for plan in plans]
     )
 
@@ -150,7 +133,9 @@ def transformers_generate(subject: Subject) -> Finding:
     law = "transformers' generate = raster, greedy ids"
     if subject.layout.is_parallel:
         return Finding(law, None, "not applicable to digits=parallel, for which generate has no distribution")
-    return _same_ids(subject, law, DecodingOptions("transformers"), GREEDY)
+    if not subject.is_fp32:
+        return Finding(law, None, "not applicable to precision=bf16, which generate is not run in here")
+    return same_ids(subject, law, DecodingOptions("transformers"), GREEDY)
 
 
 def beyond_window(subject: Subject) -> Finding:
@@ -161,15 +146,15 @@ def beyond_window(subject: Subject) -> Finding:
     held = config.sink_frames + config.attention_frames
     frames = max(config.window, held + 3) + 2
     ids = subject.rollout(RASTER, GREEDY, long=LongOptions("window"), future=frames - subject.context)
-    drawn = _drawn(subject, ids, subject.sampler(GREEDY), subject.context)
+    found = drawn(subject, ids, subject.sampler(GREEDY), subject.context)
     actions = None if subject.actions is None else repeat_frames(subject.actions, frames)
     given = subject.layout.flatten(repeat_frames(subject.indices, frames), actions)
     # The frames that are seen, the one under way, and room for the slot that is read with the next.
     logits = play(subject.reader(num_frames=max(subject.context + 1, held + 3)), given, subject.context)
     expected = subject.uncached(given)[:, picture_positions(subject.layout, subject.context, frames, ids.device) - 1]
-    finding = _close(subject, law, [(logits, expected)])
-    seen = f"{finding.seen}; at {frames} frames, {drawn.wrong} of {drawn.count} greedy ids are not the uncached ones{drawn.ties_note}"
-    return replace(finding, is_kept=bool(finding.is_kept) and not drawn.wrong, seen=seen)
+    finding = close(subject, law, [(logits, expected)])
+    seen = f"{finding.seen}; at {frames} frames, {found.wrong} of {found.count} greedy ids are not the uncached ones{found.ties_note}"
+    return replace(finding, is_kept=bool(finding.is_kept) and not found.wrong, seen=seen)
 
 
 def stale_slots(subject: Subject) -> Finding:
@@ -186,7 +171,7 @@ def stale_slots(subject: Subject) -> Finding:
             layer.keys[:, :, reader.length - 1 :] = 1e4
             layer.values[:, :, reader.length - 1 :] = 1e4
         pairs.append((go_on(reader, recorder, ids, plan), fresh))
-    return _close(subject, "a former clip and rubbish in unused slots change nothing", pairs)
+    return close(subject, "a former clip and rubbish in unused slots change nothing", pairs)
 
 
 def overwriting(subject: Subject) -> Finding:
@@ -201,7 +186,7 @@ def overwriting(subject: Subject) -> Finding:
             subject.model(part, past_key_values=cache, use_cache=True)
         cache.rewind(first)
         pairs.append((subject.model(ids[:, first:], past_key_values=cache, use_cache=True).logits, subject.logits[:, first:]))
-    return _close(subject, "wrong ids overwritten or rewound = never read", pairs)
+    return close(subject, "wrong ids overwritten or rewound = never read", pairs)
 
 
 def saved_and_loaded(subject: Subject) -> Finding:
@@ -211,7 +196,7 @@ def saved_and_loaded(subject: Subject) -> Finding:
         loaded = load_model(VidGPTForCausalLM, folder).to(subject.model.device)
     other = replace(subject, model=loaded, fused=FusedModel(loaded))
     ours, theirs = fingerprint(subject.model), fingerprint(loaded)
-    finding = _close(subject, "saved and loaded = as it was", [(other.logits, subject.logits)])
+    finding = close(subject, "saved and loaded = as it was", [(other.logits, subject.logits)])
     names = f"fingerprint {ours}" if ours == theirs else f"fingerprint {ours} became {theirs}"
     return replace(finding, is_kept=bool(finding.is_kept) and ours == theirs, seen=f"{finding.seen}, {names}")
 
@@ -221,18 +206,18 @@ def legal_ids(subject: Subject) -> Finding:
     layout, wrong, count = subject.layout, 0, 0
     positions = picture_positions(layout, subject.context, subject.frames, subject.fused.device)
     for options in (GREEDY, SAMPLED, SamplingOptions(temperature=10.0, top_k=3, top_p=0.9, min_p=0.01)):
-        logits = _predicting(subject, subject.context)
+        logits = predicting(subject, subject.context)
         if not layout.is_parallel:
             logits = logits + 1e4 * ~layout.legal_ids(positions)
-        drawn = [subject.sampler(options).draw(logits, positions.expand(subject.batch, -1))]
+        parts = [subject.sampler(options).draw(logits, positions.expand(subject.batch, -1))]
         # Not the frames, whose ids have lost what a slot really held.
         reader = subject.reader(SPECULATIVE)
         recorder = begin(reader, subject.input_ids, subject.context)
         reader.sampler = Sampler(layout, replace(options, temperature=10 * options.temperature), recorder.keys)
         with torch.no_grad():
             leads = subject.input_ids[:, reader.length :: layout.tokens_per_frame]
-            drawn.append(torch.cat([slots.clone() for slots in SPECULATIVE.frames(reader, leads)], dim=1))
-        for ids in drawn:
+            parts.append(torch.cat([slots.clone() for slots in SPECULATIVE.frames(reader, leads)], dim=1))
+        for ids in parts:
             wrong, count = wrong + _count_illegal(subject, ids, positions), count + ids.numel()
     return Finding("illegal ids are never drawn", not wrong, f"{wrong} of {count} ids are illegal, bound 0")
 
@@ -242,77 +227,11 @@ def seeds(subject: Subject) -> Finding:
     hot = SamplingOptions(temperature=max(1.0, subject.spread))
     together = subject.rollout(RASTER, hot)
     alone = torch.cat([subject.rollout(RASTER, hot, rows=[row], first=row) for row in range(subject.batch)])
-    finding = _compare(subject, "a row depends on its own seed only", together, alone, subject.sampler(hot))
+    finding = compare(subject, "a row depends on its own seed only", together, alone, subject.sampler(hot))
     others = (replace(subject, seed=subject.seed + 1).rollout(RASTER, hot), subject.rollout(RASTER, hot, first=subject.batch))
     if not all(bool((other != together).any()) for other in others):
         return replace(finding, is_kept=False, seen="another seed draws the same ids")
     return finding
-
-
-def _close(subject: Subject, law: str, pairs: list[tuple[Tensor, Tensor]]) -> Finding:
-    """Compare logits; one that is missing or NaN is no agreement."""
-    largest = torch.stack([(ours - theirs).abs().max() for ours, theirs in pairs]).max()
-    difference = float(largest) / subject.spread
-    return Finding(
-        law, difference <= TOLERANCE, f"largest difference {difference:.1e} of the logits' spread, bound {TOLERANCE:.0e}"
-    )
-
-
-def _predicting(subject: Subject, context: int) -> Tensor:
-    """Give the uncached logits that predict the picture slots behind `context` frames."""
-    positions = picture_positions(subject.layout, context, subject.frames, subject.fused.device)
-    return subject.logits[:, positions - 1]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """How many ids are what the uncached model draws."""
-
-    count: int
-    wrong: int
-    near_ties: int
-
-    @property
-    def ties_note(self) -> str:
-        """Tell of near ties."""
-        return f", {self.near_ties} near ties" if self.near_ties else ""
-
-
-def _drawn(subject: Subject, input_ids: Tensor, sampler: Sampler, context: int) -> Drawn:
-    """Compare every id of sequences (B, L) behind their context with the draw from uncached logits on the ids before it."""
-    layout = subject.layout
-    positions = picture_positions(layout, context, input_ids.shape[1] // layout.tokens_per_frame, input_ids.device)
-    logits, ids, rows = (
-        subject.uncached(input_ids)[:, positions - 1],
-        input_ids[:, positions],
-        positions.expand(len(input_ids), -1),
-    )
-    is_other = sampler.draw(logits, rows) != ids
-    # Would the id have been drawn, had its score been higher by the bound?
-    raised = layout.embedding_rows(ids)[0] if layout.is_parallel else ids[..., None]
-    nearly = logits.scatter_add(2, raised, torch.full_like(raised, 1, dtype=logits.dtype) * TOLERANCE * subject.spread)
-    is_near = is_other & (sampler.draw(nearly, rows) == ids)
-    return Drawn(ids.numel(), int((is_other & ~is_near).sum()), int(is_near.sum()))
-
-
-def _same_ids(subject: Subject, law: str, plan: DecodingOptions, options: SamplingOptions) -> Finding:
-    ids, others = (subject.rollout(each, options) for each in (RASTER, plan))
-    return _compare(subject, law, ids, others, subject.sampler(options))
-
-
-def _compare(subject: Subject, law: str, ids: Tensor, others: Tensor, sampler: Sampler) -> Finding:
-    """Compare the ids of two rollouts; where they part, only near ties excuse."""
-    different = int((ids != others).sum())
-    checked = [_drawn(subject, each, sampler, subject.context) for each in (ids, others)] if different else []
-    wrong, near = sum(each.wrong for each in checked), sum(each.near_ties for each in checked)
-    seen = f"{different} of {_drawn_count(subject)} ids differ, bound 0"
-    if different:
-        seen += f" but behind near ties: {near} near ties, {wrong} ids that the uncached model does not draw"
-    return Finding(law, not different or (near > 0 and not wrong), seen)
-
-
-def _drawn_count(subject: Subject) -> int:
-    return subject.batch * (subject.frames - subject.context) * subject.layout.slots_per_frame
 
 
 def _count_illegal(subject: Subject, ids: Tensor, positions: Tensor) -> int:

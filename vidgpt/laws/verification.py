@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from vidgpt.config import VidGPTConfig
+from vidgpt.checkpoint import load_checkpoint
 from vidgpt.fused import FusedModel
 from vidgpt.laws import invariants as laws
-from vidgpt.laws.forced import Subject
+from vidgpt.laws.comparing import Finding
+from vidgpt.laws.forced import ROUNDINGS, Subject
+from vidgpt.laws.rollouts import guidance, reprefill, samples
 from vidgpt.laws.sampled_law import speculative_law
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.options import VerifyOptions
-from vidgpt.rollout import check_model
-from vidtok.card import Card, check_cards
-from vidtok.folders import load_model, model_folder
+from vidtok.run.processes import DTYPES
 from vidtok.run.sampler import spread
 from vidtok.tokens import TokenDataset, longest_row
 
-LAWS: tuple[Callable[[Subject], laws.Finding], ...] = (
+LAWS: tuple[Callable[[Subject], Finding], ...] = (
     laws.cached,
     laws.prefill_splits,
     laws.batch_rows,
@@ -34,6 +33,9 @@ LAWS: tuple[Callable[[Subject], laws.Finding], ...] = (
     laws.narrow_diagonal,
     laws.transformers_generate,
     laws.beyond_window,
+    reprefill,
+    samples,
+    guidance,
     laws.stale_slots,
     laws.overwriting,
     laws.saved_and_loaded,
@@ -47,13 +49,17 @@ def verify_checkpoint(options: VerifyOptions) -> bool:
 
     Raises ValueError when the tokens do not belong to the checkpoint, or a device is not there.
     """
-    folder = model_folder(options.checkpoint, VidGPTConfig.model_type)
-    model, card = load_model(VidGPTForCausalLM, folder), Card.load(folder)
-    check_model(card, model.config, f"the checkpoint {options.checkpoint}")
-    subject = make_subject(model.to(_device(options.device)), options, card)
+    model, _ = load_checkpoint(options.checkpoint, options.tokens)
+    subject = make_subject(model.to(_device(options.device)), options)
     source = "random ids" if options.tokens is None else f"tokens of {options.tokens}"
     clips = f"{subject.batch} clips of {subject.frames} frames, {subject.context} given"
-    print(f"{options.checkpoint} on {model.device}, fp32: {clips}, {source}", flush=True)
+    print(f"{options.checkpoint} on {model.device}, {options.precision}: {clips}, {source}", flush=True)
+    if not subject.is_fp32:
+        print(
+            f"{options.precision} puts the uncached model's own logits up to {subject.rounding:.1e} of their spread off fp32's; allowed is "
+            f"{ROUNDINGS} times that, and ids are compared where the best two are farther apart",
+            flush=True,
+        )
     findings = []
     for law in LAWS:
         findings.append(law(subject))
@@ -63,31 +69,26 @@ def verify_checkpoint(options: VerifyOptions) -> bool:
     return not broken
 
 
-def make_subject(model: VidGPTForCausalLM, options: VerifyOptions, card: Card | None = None) -> Subject:
-    """Choose the clips; card: of the checkpoint, to compare with that of options.tokens."""
+def make_subject(model: VidGPTForCausalLM, options: VerifyOptions) -> Subject:
+    """Choose the clips."""
     frames, config = min(options.frames, model.config.window), model.config
     if options.tokens is not None:
-        indices, actions = _recorded(options, frames, card, config.num_actions)
+        indices, actions = _recorded(str(options.tokens), options.clips, frames)
     else:
         generator = torch.Generator().manual_seed(options.seed)
         shape = (options.clips, frames, config.grid_height, config.grid_width)
         indices = torch.randint(0, config.codebook_size, shape, generator=generator)
         actions = torch.randint(0, max(1, config.num_actions), shape[:2], generator=generator)
     given = actions.to(model.device) if config.num_actions else None
-    fused = FusedModel(model, torch.float32)
+    fused = FusedModel(model, DTYPES[options.precision])
     return Subject(model, fused, indices.to(model.device), given, max(1, frames // 2), options.seed)
 
 
-def _recorded(options: VerifyOptions, frames: int, card: Card | None, num_actions: int) -> tuple[Tensor, Tensor]:
+def _recorded(path: str, count: int, frames: int) -> tuple[Tensor, Tensor]:
     """Give indices (B, T, h, w) and actions (B, T) of clips of the dataset, spread evenly over its validation split, or else all."""
-    path = str(options.tokens)
-    tokens = Card.load(path)
-    if card is not None:
-        found = tokens if num_actions else replace(tokens, num_actions=card.num_actions)  # nobody looks at them
-        check_cards(card, f"the checkpoint {options.checkpoint}", found, f"the tokens {path}")
     split = "validation" if longest_row(path, "validation", is_optional=True) >= frames else "train"
     clips = TokenDataset(path, split, frames)
-    items = [clips[index] for index in spread(clips, options.clips).indices]
+    items = [clips[index] for index in spread(clips, count).indices]
     return torch.stack([item["indices"] for item in items]), torch.stack([item["actions"] for item in items])
 
 

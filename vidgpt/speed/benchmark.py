@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from vidgpt.decoding import DecodingOptions
-from vidgpt.decoding.stream import LongOptions, check_future
+from vidgpt.decoding.stream import LongOptions, check_future, unlike_training
 from vidgpt.options import BenchOptions
 from vidgpt.rollout import Predictor
 from vidgpt.speed.inputs import Clips, Subject, load_clips, load_subject
@@ -46,8 +46,11 @@ def bench_gpt(options: BenchOptions) -> dict[str, Any]:
         if subject.model.model.layout.is_parallel and "transformers" in plans:
             print("transformers' generate is left out: it draws one id a place, and this model predicts several digits at once")
             del plans["transformers"]
+        _check_window(options, subject.model.config.window)
         for plan in plans.values():
             check_future(subject.model.config, [options.context], options.future, plan, LongOptions())
+            if options.checkpoint is not None and (told := unlike_training(subject.model.config, plan)):
+                print(told)
         clips = load_clips(subject, options)
         try:
             result = _describe(options, subject, clips) | _measure(subject, clips, plans, transforms, options)
@@ -63,6 +66,16 @@ def _plans(options: BenchOptions) -> dict[str, DecodingOptions]:
     """Give the plans by name, transformers' generate first. Raises ValueError for an unknown one."""
     names = sorted(options.decoding, key=lambda name: name != "transformers")
     return {name: DecodingOptions.from_keys(name, options.diagonal, options.speculative) for name in names}
+
+
+def _check_window(options: BenchOptions, window: int) -> None:
+    """Raise ValueError, with advice that this command knows, for rollouts that leave the window."""
+    if options.context + options.future > window:
+        larger = ", or a larger model.window" if options.checkpoint is None else ""
+        raise ValueError(
+            f"context={options.context} and future={options.future} exceed the window of {window} latent frames: give fewer, together "
+            f"{window} or less{larger}"
+        )
 
 
 @contextmanager

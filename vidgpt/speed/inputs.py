@@ -1,19 +1,19 @@
 """What vidgpt-bench measures: a trained transformer or a preset with fresh weights, and the clips that it goes on from."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor
 
+from vidgpt.checkpoint import load_checkpoint
 from vidgpt.config import VidGPTConfig
 from vidgpt.finetuning import config_for
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.options import BenchOptions
-from vidgpt.rollout import Predictor, check_model
-from vidtok.card import CARD_FILE, Card, check_cards
-from vidtok.folders import load_model, model_folder
+from vidgpt.rollout import Predictor
+from vidtok.card import CARD_FILE, Card
 from vidtok.run.sampler import spread
 from vidtok.tokens import TokenDataset, longest_row
 
@@ -59,15 +59,8 @@ def load_subject(options: BenchOptions) -> Subject:
         torch.manual_seed(0)
         model = VidGPTForCausalLM(_fresh_config(options)).eval().to(device)
         return Subject(model, "fresh, so its ids mean nothing", options.tokens)
-    folder = model_folder(options.checkpoint, VidGPTConfig.model_type)
-    model, card = load_model(VidGPTForCausalLM, folder).to(device), Card.load(folder)
-    check_model(card, model.config, str(folder))
     tokens = options.tokens or _trained_on(options.checkpoint)
-    if tokens is not None:
-        found = Card.load(tokens)
-        if not model.config.num_actions:
-            found = replace(found, num_actions=card.num_actions)  # nobody looks at them
-        check_cards(card, f"the checkpoint {options.checkpoint}", found, f"the tokens {tokens}")
+    model = load_checkpoint(options.checkpoint, tokens)[0].to(device)
     return Subject(model, f"of {options.checkpoint}", tokens, _predictor(options.checkpoint) if tokens else None)
 
 

@@ -17,11 +17,12 @@ from vidgpt.cache import SlotLayer
 from vidgpt.decoding import Reader
 from vidgpt.decoding.work import Work
 from vidgpt.evaluation import teacher_forced_scores
-from vidgpt.fused import DTYPES, FusedModel
+from vidgpt.fused import FusedModel
 from vidgpt.int8 import Int8Layer
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.noise import sequence_keys
 from vidgpt.sampling import Sampler, SamplingOptions
+from vidtok.run.processes import DTYPES
 
 CACHE_LAYERS: dict[str | None, type[SlotLayer]] = {None: SlotLayer, "int8": Int8Layer}
 

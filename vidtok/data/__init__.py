@@ -11,7 +11,14 @@ from vidtok.data import atari, digits, files
 from vidtok.data.episodes import ClipDataset, Episode, EpisodeSet, Reject, write_rejects
 from vidtok.data.options import AtariOptions, DigitsOptions, FilesOptions
 
-__all__ = ["ClipDataset", "Episode", "EpisodeSet", "Reject", "build_episodes", "write_rejects"]
+__all__ = ["SOURCES", "ClipDataset", "Episode", "EpisodeSet", "Reject", "build_episodes", "write_rejects"]
+
+
+SOURCES: dict[str, type[FilesOptions | AtariOptions | DigitsOptions]] = {
+    "files": FilesOptions,
+    "atari": AtariOptions,
+    "digits": DigitsOptions,
+}
 
 
 def build_episodes(options: Mapping[str, Any]) -> EpisodeSet:

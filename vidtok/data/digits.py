@@ -28,11 +28,7 @@ IMAGES_MAGIC = 2051
 def build(options: DigitsOptions) -> EpisodeSet:
     """Make the episodes; nothing is drawn before it is read. Raises ValueError when the file is not one of digits."""
     path = Path(options.file).expanduser() if options.file else Path(__file__).with_name("mnist_digits.npz")
-    is_ready_made = path.suffix == ".npy"
-    if is_ready_made:
-        frames, content = _ready_made(path, options)
-    else:
-        frames, content = _drawn(path, options)
+    frames, content = _all_frames(path, options)
     episodes: list[Episode] = []
     for split, index in _numbered(options):
         source = f"digits/{'episode' if split == 'train' else 'validation'}-{index:05d}"
@@ -45,8 +41,27 @@ def build(options: DigitsOptions) -> EpisodeSet:
         num_actions=0,
         episodes=episodes,
         rejects=[],
-        manifest_hash=hash_manifest([asdict(options) | {"file": None}, content]),
+        # Paths say nothing of what is in the files, and older manifests do not know the second one.
+        manifest_hash=hash_manifest(
+            [{name: value for name, value in asdict(options).items() if name != "validation_file"} | {"file": None}, content]
+        ),
     )
+
+
+def _all_frames(path: Path, options: DigitsOptions) -> tuple[list[Frames], str]:
+    """Give the frames of every episode, those of the training split first, and a hash of what they are made of."""
+    if options.validation_file is None:
+        numbered = _numbered(options)
+        return _ready_made(path, options, len(numbered)) if path.suffix == ".npy" else _drawn(path, options, numbered)
+    held_out = Path(options.validation_file).expanduser()
+    if held_out.suffix != ".npy":
+        raise ValueError(
+            f"data.validation_file is {held_out}: give sequences as .npy, such as mnist_test_seq.npy, or leave it away."
+        )
+    train = _numbered(options)[: options.episodes]
+    first, ours = _ready_made(path, options, len(train)) if path.suffix == ".npy" else _drawn(path, options, train)
+    last, theirs = _ready_made(held_out, options, options.validation_episodes)
+    return first + last, ours + theirs
 
 
 def _numbered(options: DigitsOptions) -> list[tuple[Split, int]]:
@@ -54,12 +69,12 @@ def _numbered(options: DigitsOptions) -> list[tuple[Split, int]]:
     return train + [("validation", index) for index in range(options.validation_episodes)]
 
 
-def _drawn(path: Path, options: DigitsOptions) -> tuple[list[Frames], str]:
+def _drawn(path: Path, options: DigitsOptions, numbered: list[tuple[Split, int]]) -> tuple[list[Frames], str]:
     images = load_digits(path)
     # Every fifth image, so that both splits hold all ten digits even in a file sorted by label.
     is_held_out = np.arange(len(images)) % 5 == 4
     banks = {"train": images[~is_held_out], "validation": images[is_held_out]}
-    frames: list[Frames] = [DigitFrames(banks[split], options, split, index) for split, index in _numbered(options)]
+    frames: list[Frames] = [DigitFrames(banks[split], options, split, index) for split, index in numbered]
     return frames, hashlib.sha256(images.tobytes()).hexdigest()
 
 
@@ -88,12 +103,11 @@ def _read_idx(content: bytes) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=16).reshape(count, height, width)
 
 
-def _ready_made(path: Path, options: DigitsOptions) -> tuple[list[Frames], str]:
+def _ready_made(path: Path, options: DigitsOptions, needed: int) -> tuple[list[Frames], str]:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"data.file is {path}, which cannot be read as sequences: {error}.") from error
-    needed = options.episodes + options.validation_episodes
+        raise ValueError(f"{path} cannot be read as sequences: {error}.") from error
     if array.dtype != np.uint8 or array.ndim != 4:
         raise ValueError(f"{path} holds {array.dtype} {array.shape}: sequences are uint8 (T, N, H, W).")
     if array.shape[2:] != (options.size, options.size) or array.shape[0] < options.frames or array.shape[1] < needed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from vidtok.data.cache import FrameWriter, cache_key, count_frames, open_cache, progress_bar, recall
@@ -26,6 +26,8 @@ def build(options: FilesOptions) -> EpisodeSet:
     """
     root = _root(options)
     sources = find_sources(root, options.pattern)
+    held_out = _held_out_sources(options, root)
+    sources += held_out
     folder = open_cache(options.cache_dir)
     rejects: list[Reject] = []
     infos = _probe_all(sources, folder, rejects)
@@ -38,7 +40,7 @@ def build(options: FilesOptions) -> EpisodeSet:
     _check_rejects(rejects, len(sources), options)
     if rejects:
         print(f"data: {len(rejects)} of {len(sources)} files rejected: see rejects.csv")
-    episodes = _split(paths, fps, options.validation)
+    episodes = _split_given(paths, fps, held_out) if held_out else _split(paths, fps, options.validation)
     manifest = [[e.source, e.start, len(e.frames), e.split] for e in episodes]
     return EpisodeSet(
         name="files",
@@ -59,6 +61,19 @@ def _root(options: FilesOptions) -> Path:
     if not root.exists():
         raise ValueError(f"data.root is {root}, which does not exist.")
     return root.resolve()
+
+
+def _held_out_sources(options: FilesOptions, root: Path) -> list[Source]:
+    """Find the videos of data.validation_root; none without it. Raises ValueError where they would be trained on too."""
+    if options.validation_root is None:
+        return []
+    folder = Path(options.validation_root).expanduser().resolve()
+    if not folder.exists():
+        raise ValueError(f"data.validation_root is {folder}, which does not exist.")
+    if folder.is_relative_to(root) or root.is_relative_to(folder):
+        raise ValueError(f"data.validation_root is {folder} and data.root {root}: one lies in the other, so the held-out videos would be "
+                         "trained on too; give two folders side by side.")  # fmt: skip
+    return [replace(source, name=f"validation_root:{source.name}") for source in find_sources(folder, options.pattern)]
 
 
 def _probe_all(sources: list[Source], folder: Path, rejects: list[Reject]) -> dict[Source, VideoInfo]:
@@ -156,6 +171,21 @@ def _split(paths: dict[Source, Path], fps: float, validation: float) -> list[Epi
         episodes.append(Episode(source.name, 0.0, fps, FrameFile(str(path), 0, middle), None, "train"))
         if is_divided:
             episodes.append(Episode(source.name, middle / fps, fps, FrameFile(str(path), middle, count), None, "validation"))
+    return episodes
+
+
+def _split_given(paths: dict[Source, Path], fps: float, held_out: list[Source]) -> list[Episode]:
+    """Make every file an episode, on the side it was given for. Raises ValueError where a side has none that can be read."""
+    names = {source.name for source in held_out}
+    episodes = [
+        Episode(source.name, 0.0, fps, FrameFile(str(path), 0, count_frames(path)), None,
+                "validation" if source.name in names else "train")
+        for source, path in paths.items()
+    ]  # fmt: skip
+    if len({episode.split for episode in episodes}) < 2:
+        raise ValueError(
+            "No file of one of data.root and data.validation_root can be used: see the reasons with data.validation_root=null."
+        )
     return episodes
 
 

@@ -42,6 +42,7 @@ class FilesOptions:
     fps: float | None = None  # frames a second; null takes the first video's rate
     size: list[int] = field(default_factory=lambda: [64, 64])  # height, width in pixels
     validation: float = 0.1  # fraction held out; of few videos the end of each, at least 24 frames or a quarter
+    validation_root: str | None = None  # the held-out videos, in a folder of their own; null holds out that fraction of root
     pattern: str | None = None  # glob on the path below root, such as "*.mp4"
     cache_dir: str | None = None  # null is the platform's user cache
     cache_gb: float = 20.0
@@ -114,6 +115,7 @@ class DigitsOptions:
 
     name: str = "digits"
     file: str | None = None  # null is the packaged set; or train-images-idx3-ubyte[.gz], mnist_test_seq.npy
+    validation_file: str | None = None  # held-out sequences that are ready-made: mnist_test_seq.npy; null draws them
     num_digits: int = 2
     frames: int = 20  # of every episode
     size: int = 64  # side of the canvas in pixels

@@ -12,6 +12,8 @@ from torch import Tensor, distributed
 
 Result = TypeVar("Result")
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the precisions in which weights themselves can be
+
 
 def leave() -> None:
     """Part from the other processes, for the end of this one."""

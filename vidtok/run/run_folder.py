@@ -36,11 +36,12 @@ Value = TypeVar("Value", str, int)
 class RunFolder:
     """Own the folder of one run for as long as this object is open.
 
+    defaults: what keys mean where the record of an older version, which did not know them, lacks them.
     Raises ValueError, with nothing touched, when it holds anything that no run of this command has made; and when another process
     owns it or it holds checkpoints of another configuration.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], command: str) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], command: str, defaults: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
@@ -60,7 +61,7 @@ class RunFolder:
                 # Nothing was trained here that a new configuration could spoil: a first try may have failed on a wrong option.
                 for name in ("config.yaml", "plan.json", "first_values.json"):
                     (path / name).unlink(missing_ok=True)
-            self.config = _keep_config(path, config)
+            self.config = _keep_config(path, config, defaults or {})
         except BaseException:
             self.close()
             raise
@@ -140,12 +141,15 @@ class RunFolder:
             )
 
 
-def open_run(path: Path, config: Mapping[str, Any], command: str) -> tuple[RunFolder, TrainState, Path | None]:
+def open_run(
+    path: Path, config: Mapping[str, Any], command: str, defaults: Mapping[str, Any] | None = None
+) -> tuple[RunFolder, TrainState, Path | None]:
     """Own a run's folder; gives it with the numbers of its newest checkpoint (of a new run: fresh ones), and that checkpoint.
 
-    Lines of metrics.jsonl after the checkpoint are dropped. Raises ValueError as RunFolder does, and for a damaged checkpoint.
+    Arguments as of RunFolder. Lines of metrics.jsonl after the checkpoint are dropped. Raises ValueError as RunFolder does, and for a
+    damaged checkpoint.
     """
-    folder = RunFolder(path, config, command)
+    folder = RunFolder(path, config, command, defaults)
     checkpoint = newest_checkpoint(folder.checkpoints)
     try:
         state = TrainState() if checkpoint is None else read_state(checkpoint)
@@ -156,9 +160,15 @@ def open_run(path: Path, config: Mapping[str, Any], command: str) -> tuple[RunFo
     return folder, replace(state, config=folder.config, plan=folder.read_plan() or state.plan), checkpoint
 
 
-def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """Give the first dotted key whose values differ, with both values; keys that a resumed run may change do not count."""
+def first_difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> tuple[str, Any, Any] | None:
+    """Give the first dotted key whose values differ, with both values; keys that a resumed run may change do not count.
+
+    defaults: what keys that are absent in `old` meant there.
+    """
     before, now = _leaves(old), _leaves(new)
+    before |= {key: value for key, value in _leaves(defaults or {}).items() if key in now and key not in before}
     for key in [*now, *(key for key in before if key not in now)]:
         if key.split(".")[0] not in FREE_KEYS and before.get(key, _ABSENT) != now.get(key, _ABSENT):
             return key, before.get(key, _ABSENT), now.get(key, _ABSENT)
@@ -206,14 +216,14 @@ def _some(names: set[str]) -> str:
     return f"it holds {', '.join(sorted(names)[:5])}{' and more' if len(names) > 5 else ''}"
 
 
-def _keep_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def _keep_config(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Compare with the folder's config.yaml and write the new one; gives it as plain values."""
     file = path / "config.yaml"
     text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
     # Compared after the same round trip through YAML, so that a tuple equals its list and 1 equals 1.0.
     plain = _plain(text)
     if file.exists():
-        difference = first_difference(_plain(file.read_text(encoding="utf-8")), plain)
+        difference = first_difference(_plain(file.read_text(encoding="utf-8")), plain, defaults)
         if difference is not None:
             key, old, new = difference
             raise ValueError(

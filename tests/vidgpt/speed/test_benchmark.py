@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
+from tests.vidgpt.conftest import CARD, write_tokens
 from vidgpt.bench import main
 from vidgpt.config import VidGPTConfig
 from vidgpt.decoding import DecodingOptions
@@ -27,25 +29,11 @@ from vidgpt.speed.timing import MEBIBYTE, Runs, bytes_per_frame, mean_positions,
 from vidgpt.speed.transforms import cache_bytes_per_position, weight_bytes
 from vidtok.card import Card
 from vidtok.folders import save_model
-from vidtok.tokens import TokenDataset, TokenRow, TokenWriter
+from vidtok.tokens import TokenDataset
 
 CPU = torch.device("cpu")
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}
 PLANS = ["transformers", "raster", "speculative", "diagonal"]
-CARD = Card(
-    tokenizer_fingerprint="0123abcd",
-    codebook_size=12,
-    grid_height=3,
-    grid_width=4,
-    stride_t=1,
-    stride_s=8,
-    fps=10.0,
-    frame_height=24,
-    frame_width=32,
-    num_actions=0,
-    data_name="toy",
-    manifest_hash="abcd",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -55,20 +43,7 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tokens(tmp_path: Path) -> str:
-    return write_tokens(tmp_path / "tokens", CARD)
-
-
-def write_tokens(folder: Path, card: Card, frames: int = 7) -> str:
-    with TokenWriter(folder, card, 8) as writer:
-        for number, split in enumerate(["train", "validation", "validation"]):
-            generator = torch.Generator().manual_seed(number)
-            indices = torch.randint(card.codebook_size, (frames, 3, 4), generator=generator)
-            # Every other place never changes, as in video.
-            indices[:, :, ::2] = indices[:1, :, ::2]
-            actions = torch.randint(card.num_actions, (frames,), generator=generator) if card.num_actions else None
-            writer.add(TokenRow(source=f"clip-{number}", start=0.0, split=split, frames=frames, indices=indices, actions=actions))
-        writer.finish()
-    return str(folder)
+    return str(write_tokens(tmp_path / "tokens"))
 
 
 def save_checkpoint(folder: Path, card: Card = CARD, num_actions: int = 0) -> str:
@@ -175,11 +150,12 @@ def test_a_run_folder_knows_the_tokens_that_it_was_trained_on(tmp_path: Path, to
 
 
 @pytest.mark.parametrize("with_tokens", [True, False])
-def test_a_model_of_actions_gets_them(with_tokens: bool, tmp_path: Path) -> None:
+def test_a_model_of_actions_gets_them(with_tokens: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card = replace(CARD, num_actions=3)
     checkpoint = save_checkpoint(tmp_path / "gpt", card, num_actions=3)
-    tokens = write_tokens(tmp_path / "tokens", card) if with_tokens else None
+    tokens = str(write_tokens(tmp_path / "tokens", card)) if with_tokens else None
     rows = bench(tmp_path, model=None, checkpoint=checkpoint, tokens=tokens, rounds=1)["rows"]
+    assert "this model was not trained for decoding=diagonal" in capsys.readouterr().out
     assert [row["ids_equal_to_raster_fraction"] for row in rows[:3]] == [1.0] * 3
 
 
@@ -314,12 +290,15 @@ def test_what_cannot_be_measured_is_refused(keys: dict, message: str, tmp_path: 
     [
         ({"decoding": ["rastr"]}, "decoding='rastr' is not one of raster, speculative"),
         ({"diagonal": DiagonalKeys(window=0)}, "window=0"),
-        ({"speculative": SpeculativeKeys(draft="mine")}, "draft='mine' is not one of own, previous"),
+        ({"speculative": SpeculativeKeys(draft="mine")}, "draft='mine' is not one of .*own, previous"),
         (
             {"future": 6, "context": 3},
             "context=3 and future=6 make clips of 9 latent frames, the longest held-out one of .* has 7",
         ),
-        ({"model": {**TINY, "window": 4}}, "exceed the window of 4 frames"),
+        (
+            {"model": {**TINY, "window": 4}},
+            "^context=2 and future=3 exceed the window of 4 latent frames: give fewer, together 4 or less, or a larger model.window$",
+        ),
     ],
 )
 def test_what_cannot_be_decoded_is_refused_before_any_work(
@@ -331,9 +310,23 @@ def test_what_cannot_be_decoded_is_refused_before_any_work(
     assert not (tmp_path / "bench").exists()
 
 
+def test_a_refusal_advises_keys_that_the_command_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = save_checkpoint(tmp_path / "gpt")
+    with pytest.raises(SystemExit) as stop:
+        main([f"checkpoint={checkpoint}", f"output={tmp_path}/b", "context=2", "future=5"])
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and "exceed the window of 6 latent frames: give fewer, together 6 or less" in printed
+    known = {option.name for option in fields(BenchOptions)}
+    assert (
+        set(re.findall(r"\b([a-z_]+)(?:\.[a-z_]+)*=", printed)) <= known
+        and "long" not in printed
+        and "model.window" not in printed
+    )
+
+
 def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "gpt")
-    tokens = write_tokens(tmp_path / "tokens", replace(CARD, tokenizer_fingerprint="ffff0000"))
+    tokens = str(write_tokens(tmp_path / "tokens", replace(CARD, tokenizer_fingerprint="ffff0000")))
     with pytest.raises(ValueError, match="both must come from one tokenizer"):
         bench(tmp_path, model=None, checkpoint=checkpoint, tokens=tokens)
 
@@ -341,9 +334,9 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
 def test_the_command_takes_presets_and_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = [f"model.{key}={value}" for key, value in TINY.items() if key != "initializer_range"]
     common = ["model=tiny", *sizes, "context=1", "future=1", "rounds=1", f"output={tmp_path}/b"]
-    main([*common, "decoding=[speculative,raster]", "speculative.draft=previous", "diagonal.window=2"])
+    main([*common, "decoding=[speculative,diagonal]", "speculative.draft=previous", "diagonal.window=2"])
     rows = json.loads((tmp_path / "b" / "bench.json").read_text())["rows"]
-    assert [row["decoding"] for row in rows] == ["speculative", "raster"]
+    assert [row["decoding"] for row in rows] == ["speculative", "diagonal"]
     with pytest.raises(SystemExit) as stop:
         main([*common, "decoding=[diagonals]"])
     assert stop.value.code == 2 and "decoding='diagonals' is not one of" in capsys.readouterr().err

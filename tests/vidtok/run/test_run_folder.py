@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,3 +105,43 @@ def test_a_refused_start_leaves_a_folder_that_was_there_and_a_run_of_an_earlier_
     start(tmp_path / "runs" / "a")
     RunFolder(tmp_path / "runs" / "b", {"lr": 0.1}, "vidtok-train").close(is_refused=True)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
+
+
+def resume(folder: Path, **config: Any) -> None:
+    """Start again in a folder with a checkpoint, as a version does whose keys mean DEFAULTS where nobody gives them."""
+    (folder / "checkpoints" / "step_000001").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints" / "step_000001" / "state.json").write_text("{}")
+    RunFolder(folder, {"lr": 0.1, **config}, "vidtok-train", DEFAULTS).close()
+
+
+DEFAULTS = {"lr": 0.5, "corruption": 0.0, "betas": [0.9, 0.95], "diagonal": {"share": 0.0, "window": 1}, "model": {"sinks": None}}
+
+
+def test_a_key_that_an_older_version_did_not_record_counts_as_its_default(tmp_path: Path) -> None:
+    now = {"corruption": 0.0, "betas": [0.9, 0.95], "diagonal": {"share": 0.0, "window": 1}, "model": {"sinks": None, "width": 8}}
+    for number, record in enumerate(({}, {"diagonal": {"window": 1}})):
+        old = tmp_path / str(number)
+        start(old)
+        (old / "config.yaml").write_text(json.dumps({"lr": 0.1, "model": {"width": 8}, **record}))
+        resume(old, **now)
+        # From here on it is recorded.
+        assert "corruption: 0.0" in (old / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"corruption": 0.3}, "holds a run with corruption=0.0, but this command has corruption=0.3: give another run_dir, or"),
+        ({"diagonal": {"share": 0.5}}, "holds a run with diagonal.share=0.0, but this command has diagonal.share=0.5"),
+        ({"model": {"sinks": 2}}, "holds a run with model.sinks=None, but this command has model.sinks=2"),
+        ({"model": {"unheard": 2}}, r"holds a run with model.unheard=\(absent\), but this command has model.unheard=2"),
+        # What is recorded counts, not its default; and a default says nothing of what neither has.
+        ({"lr": 0.5}, "holds a run with lr=0.1, but this command has lr=0.5"),
+    ],
+)
+def test_a_key_that_was_not_recorded_may_not_change(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    start(tmp_path)
+    resume(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        resume(tmp_path, **change)
+    resume(tmp_path)

@@ -1,0 +1,140 @@
+"""Sums by clip, and bootstrap intervals against NumPy loops and the normal approximation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vidgpt import metrics
+from vidgpt.calibration import BINS, Calibration, expected_calibration_error
+from vidgpt.clip_sums import Bootstrap, ClipSums, weighted
+from vidgpt.metrics import CALIBRATION, HIGH, LOW, TokenMeter, gap
+from vidgpt.scores import TokenScores
+
+GRID = (2, 3)
+
+
+def random_scores(seed: int, clips: int = 5, frames: int = 4) -> TokenScores:
+    generator = torch.Generator().manual_seed(seed)
+    # Clips differ from each other, as those of different videos do.
+    level = 1 + torch.rand(clips, 1, 1, 1, generator=generator, dtype=torch.float64)
+    nats, confidence = (torch.rand(clips, frames, *GRID, generator=generator, dtype=torch.float64) for _ in range(2))
+    top1 = (torch.rand(clips, frames, *GRID, generator=generator) < 0.6).double()
+    return TokenScores(level * nats, top1, top1, confidence=confidence)
+
+
+def meter_of(scores: TokenScores, changed: Tensor | None = None) -> TokenMeter:
+    meter = TokenMeter(GRID)
+    meter.update(scores, torch.rand_like(scores.nats) < 0.5 if changed is None else changed)
+    return meter
+
+
+def test_an_interval_is_that_of_drawing_whole_clips_again_and_again() -> None:
+    scores, changed = random_scores(0), torch.rand(5, 4, *GRID, generator=torch.Generator().manual_seed(1)) < 0.3
+    row = meter_of(scores, changed).summary(Bootstrap(resamples=300, seed=7))
+    drawn = torch.randint(5, (300, 5), generator=torch.Generator().manual_seed(7)).numpy()
+    nats, top1, moved = (part.numpy() for part in (scores.nats, scores.top1, changed))
+    for name, of in (
+        ("cross_entropy_nats_per_token", lambda rows: nats[rows].mean()),
+        ("top1_accuracy_on_changed_tokens_fraction", lambda rows: top1[rows][moved[rows]].mean()),
+    ):
+        low, high = np.percentile([of(rows) for rows in drawn], [2.5, 97.5])
+        assert row[name + LOW] == pytest.approx(low, rel=1e-9)
+        assert row[name + HIGH] == pytest.approx(high, rel=1e-9)
+        assert low < row[name] < high
+
+
+def test_of_many_clips_an_interval_is_the_normal_one_of_their_means() -> None:
+    scores = random_scores(2, clips=400)
+    row = meter_of(scores).summary(Bootstrap(2000))
+    means = scores.nats.mean((1, 2, 3))
+    half = 1.96 * float(means.std()) / math.sqrt(400)
+    assert row["cross_entropy_nats_per_token" + HIGH] - row["cross_entropy_nats_per_token" + LOW] == pytest.approx(
+        2 * half, rel=0.08
+    )
+
+
+def test_every_row_of_frames_and_places_has_its_own_interval_and_a_single_clip_has_none() -> None:
+    scores, bootstrap = random_scores(3), Bootstrap(100)
+    meter = meter_of(scores)
+    for rows, clips in (
+        (meter.by_frame(bootstrap), [scores.nats[:, k].flatten(1).mean(1) for k in range(4)]),
+        (meter.by_position(bootstrap), [scores.nats[:, :, y, x].mean(1) for y in range(2) for x in range(3)]),
+    ):
+        for row, means in zip(rows, clips, strict=True):
+            value = row["cross_entropy_nats_per_token"]
+            assert value == pytest.approx(float(means.mean()))
+            assert means.min() <= row["cross_entropy_nats_per_token" + LOW] < value < row["cross_entropy_nats_per_token" + HIGH]
+    alone = meter_of(random_scores(4, clips=1)).summary(bootstrap)
+    assert not [name for name in alone if "ci95" in name]
+
+
+def test_intervals_of_many_rows_are_made_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter, bootstrap = meter_of(random_scores(3)), Bootstrap(100)
+    rows = meter.by_frame(bootstrap), meter.by_position(bootstrap)
+    monkeypatch.setattr(metrics, "HELD_RESAMPLES", 250)
+    for before, after in zip(rows, (meter.by_frame(bootstrap), meter.by_position(bootstrap)), strict=True):
+        assert after == [pytest.approx(row) for row in before]
+
+
+def test_a_paired_difference_is_narrower_than_the_figures_it_is_of() -> None:
+    scores = random_scores(5, clips=40)
+    nudged = TokenScores(
+        scores.nats + 0.01 * random_scores(6, clips=40).nats, scores.top1, scores.top5, confidence=scores.confidence
+    )
+    bootstrap = Bootstrap(500)
+    found = gap(meter_of(nudged), meter_of(scores), bootstrap)
+    value, low, high = (found[f"gap_nats_per_token{end}"] for end in ("", LOW, HIGH))
+    assert value == pytest.approx(float((nudged.nats - scores.nats).mean()))
+    assert 0 < low < value < high
+    figures = meter_of(scores).summary(bootstrap)
+    assert high - low < 0.1 * (figures["cross_entropy_nats_per_token" + HIGH] - figures["cross_entropy_nats_per_token" + LOW])
+
+
+def test_sums_of_clips_of_unlike_length_add_up_and_weights_count_clips_more_than_once() -> None:
+    sums = ClipSums(["tokens"], GRID)
+    for frames in (1, 3):
+        sums.add(1, {"tokens": torch.ones(2, frames, *GRID)})
+    assert sums.clips == 4
+    assert weighted(sums.by_frame())["tokens"].tolist() == [0, 24, 12, 12]
+    assert weighted(sums.total(), torch.tensor([[0.0, 2, 1, 1]], dtype=torch.float64))["tokens"].tolist() == [2 * 6 + 18 + 18]
+    assert weighted(sums.by_place())["tokens"].tolist() == [8.0] * 6
+
+
+def naive_error(confidence: np.ndarray, hits: np.ndarray) -> float:
+    edges, total = np.linspace(0, 1, BINS + 1), 0.0
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        inside = (confidence > low) & (confidence <= high)
+        if inside.any():
+            total += inside.mean() * abs(hits[inside].mean() - confidence[inside].mean())
+    return total
+
+
+def test_the_calibration_error_agrees_with_a_loop_over_bins_overall_by_frame_and_by_place() -> None:
+    scores = random_scores(7, clips=30)
+    meter = meter_of(scores)
+    confidence, hits = scores.confidence.numpy(), scores.top1.numpy()
+    assert meter.summary()[CALIBRATION] == pytest.approx(naive_error(confidence.ravel(), hits.ravel()))
+    for frame, row in enumerate(meter.by_frame()):
+        assert row[CALIBRATION] == pytest.approx(naive_error(confidence[:, frame].ravel(), hits[:, frame].ravel()))
+    for place, row in zip(np.ndindex(*GRID), meter.by_position(), strict=True):
+        assert row[CALIBRATION] == pytest.approx(naive_error(confidence[:, :, *place].ravel(), hits[:, :, *place].ravel()))
+
+
+def test_a_forecaster_that_is_right_as_often_as_it_says_has_no_calibration_error_and_a_sure_one_that_errs_has() -> None:
+    calibration = Calibration((1, 4))
+    confidence = torch.full((1, 1, 1, 4), 0.75, dtype=torch.float64)
+    calibration.add(0, confidence, torch.tensor([1.0, 1, 1, 0], dtype=torch.float64).view(1, 1, 1, 4))
+    assert float(expected_calibration_error(*calibration.total().values())[0]) == pytest.approx(0)
+    calibration.add(0, torch.ones_like(confidence), torch.zeros_like(confidence))
+    assert float(expected_calibration_error(*weighted(calibration.total()).values())) == pytest.approx(0.5)
+
+
+def test_an_unknown_confidence_leaves_the_calibration_error_out() -> None:
+    scores = random_scores(8)
+    unknown = TokenScores(scores.nats, scores.top1, scores.top5, confidence=torch.full_like(scores.nats, math.nan))
+    meter = meter_of(unknown)
+    assert meter.summary(Bootstrap(10))[CALIBRATION] is None
+    assert {row[CALIBRATION] for row in meter.by_position()} == {None}

@@ -1,0 +1,95 @@
+"""Frozen and boiling rollouts are called so, others are not."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from vidgpt.metrics import RolloutMeter, TokenMeter
+from vidgpt.monitor import BOILING, FROZEN, STEADY, Monitor, watch
+from vidgpt.token_report import TokenReport
+
+GRID = (6, 6)
+
+
+def walk(shares: list[float], seed: int, clips: int = 8) -> Tensor:
+    """Make frames (B, 1 + t, h, w) of which a share of tokens changes from each to the next, always to another id."""
+    generator = torch.Generator().manual_seed(seed)
+    frames = [torch.randint(50, (clips, *GRID), generator=torch.Generator().manual_seed(0))]
+    for share in shares:
+        moves = torch.rand(clips, *GRID, generator=generator) < share
+        frames.append((frames[-1] + moves * torch.randint(1, 50, (clips, *GRID), generator=generator)) % 50)
+    return torch.stack(frames, dim=1)
+
+
+def meter_of(generated: list[float], real: list[float], clips: int = 8) -> RolloutMeter:
+    meter, truth = RolloutMeter(GRID), walk(real, 1, clips)
+    meter.update(walk(generated, 2, clips)[:, 1:], truth[:, 1:], truth[:, 0])
+    return meter
+
+
+def watched(generated: list[float], real: list[float], clips: int = 8) -> Monitor:
+    return watch(meter_of(generated, real, clips))
+
+
+def test_a_rollout_that_stands_still_is_frozen_from_the_horizon_on_where_it_stops() -> None:
+    seen = watched([0.2, 0.2, 0, 0, 0, 0, 0, 0], [0.2] * 8)
+    assert (seen.state, seen.first_horizon) == (FROZEN, 3)
+    assert seen.states == [STEADY] * 2 + [FROZEN] * 6
+    assert "frozen from horizon 3 on: they change far less than real ones, 0.0% of" in str(seen.warning())
+
+
+def test_a_rollout_of_noise_boils_and_its_frames_have_more_entropy_than_calm_ones() -> None:
+    truth = torch.zeros(8, 7, *GRID, dtype=torch.long)
+    truth[:, 1::2, :1] = 3
+    meter = RolloutMeter(GRID)
+    meter.update(torch.randint(50, (8, 6, *GRID), generator=torch.Generator().manual_seed(0)), truth[:, 1:], truth[:, 0])
+    seen = watch(meter)
+    assert (seen.state, seen.first_horizon) == (BOILING, 1)
+    assert seen.generated_entropy_bits > 4 > 1 > seen.real_entropy_bits
+    assert "boiling from horizon 1 on" in str(seen.warning())
+
+
+@pytest.mark.parametrize(("generated", "state"), [(0.02, FROZEN), (0.07, STEADY), (0.2, STEADY), (0.45, STEADY), (0.55, BOILING)])
+def test_beside_a_fifth_below_a_twentieth_is_frozen_and_above_a_half_boils(generated: float, state: str) -> None:
+    seen = watched([generated] * 6, [0.2] * 6, clips=60)
+    assert seen.state == state
+    assert (seen.warning() is None) == (state == STEADY)
+    odds = [share / (1 - share) for share in (seen.generated_fraction, seen.real_fraction)]
+    assert seen.odds_ratio == pytest.approx(odds[0] / odds[1], rel=0.02)
+
+
+@pytest.mark.parametrize(("generated", "state"), [(0.1, FROZEN), (0.3, STEADY), (0.95, STEADY), (0.99, BOILING)])
+def test_where_nearly_everything_changes_only_a_share_near_one_boils(generated: float, state: str) -> None:
+    assert watched([generated] * 6, [0.9] * 6, clips=60).state == state
+
+
+def test_few_tokens_warn_of_nothing_that_chance_may_do() -> None:
+    meter = RolloutMeter((1, 2))
+    real = torch.tensor([[0, 0], [1, 0], [1, 0]]).view(1, 3, 1, 2)
+    meter.update(real[:, :1].expand(-1, 2, -1, -1), real[:, 1:], real[:, 0])
+    assert watch(meter).state == STEADY
+
+
+def test_a_start_that_goes_wrong_and_recovers_is_no_warning_but_shows_by_horizon() -> None:
+    seen = watched([0, 0, 0.2, 0.2, 0.2, 0.2], [0.2] * 6)
+    assert (seen.state, seen.states[:2]) == (STEADY, [FROZEN] * 2)
+
+
+def test_the_warning_reaches_metrics_table_and_reader() -> None:
+    forced = TokenMeter(GRID)
+    report = TokenReport(8, 1, {"model": forced, "copy_last_frame_smoothed": forced}, {"model": meter_of([0] * 6, [0.3] * 6)})
+    monitor = report.metrics()["free_running"]["monitor"]
+    assert (monitor["state"], monitor["first_horizon_frames"], monitor["factor_threshold"]) == (FROZEN, 1, 4.0)
+    assert [row["motion_state"] for row in report.by_frame()] == [FROZEN] * 6
+    assert "frozen" in str(report.monitor and report.monitor.warning())
+    with pytest.raises(ValueError, match="no rollouts to watch"):
+        watch(RolloutMeter(GRID))
+
+
+def test_the_entropy_of_a_frame_is_that_of_the_histogram_of_its_ids() -> None:
+    meter, real = RolloutMeter((2, 2)), torch.tensor([[0, 0], [1, 2]]).view(1, 1, 2, 2)
+    meter.update(torch.full_like(real, 3), real, real[:, 0])
+    figures = meter.summary()
+    assert figures["frame_entropy_real_bits"] == pytest.approx(1.5)
+    assert figures["frame_entropy_generated_bits"] == 0
+    assert not [name for name in meter.by_position()[0] if "entropy" in name]

@@ -1,0 +1,39 @@
+"""The protocol of a published benchmark: what conf/experiment/ lets nobody change under its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def check_protocol(config: Mapping[str, Any]) -> None:
+    """Raise ValueError, in one sentence that names every key with both its values, where a configuration contradicts its protocol.
+
+    config: of vidgpt-demo, whose "protocol" holds keys of its own that must have the values there.
+    """
+    differing = [
+        f"{key}={_found(config, key)} (it has {value})"
+        for key, value in _leaves(config["protocol"])
+        if _found(config, key) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{', '.join(differing)} contradicts the protocol of experiment={config['experiment']}: leave it away, or give "
+            "experiment=own and your keys, so that nobody takes the figures for those of the benchmark"
+        )
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _found(config: Mapping[str, Any], key: str) -> Any:
+    """Give the value of a key such as data.size; None where there is no such key."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

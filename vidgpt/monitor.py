@@ -1,0 +1,110 @@
+"""Does a rollout move as the world does? A warning by name where it stands still or boils."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vidgpt.metrics import Figures, RolloutMeter
+
+STEADY, FROZEN, BOILING = "steady", "frozen", "boiling"
+# A rollout is frozen where the share of tokens that change is so many times smaller than in reality: beside 20 %, below 5 %. It boils
+# where the odds of a change are so many times larger; odds, because a share ends at 1: beside 5 %, above 17.4 %, beside 60 %, above 86 %.
+FACTOR = 4.0
+STANDARD_ERRORS = 2.0  # so much more than the factor must it be, or chance would warn of few tokens
+_MEANING = {FROZEN: "they change far less than real ones", BOILING: "they change far more than real ones"}
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """What was seen of the changes in rollouts, horizon by horizon."""
+
+    states: list[str]  # of each horizon, 1 first
+    state: str  # of the second half of the horizons together, which is where rollouts go wrong
+    odds_ratio: float  # there: odds that a predicted token changes, over those of a real one
+    first_horizon: int | None  # from which on every horizon is in that state; None where it is steady
+    real_fraction: float  # of tokens that change, in the second half
+    generated_fraction: float
+    real_entropy_bits: float  # of the ids of a frame, in the second half
+    generated_entropy_bits: float
+
+    def figures(self) -> dict[str, Any]:
+        """Give what metrics.json says."""
+        return {
+            "state": self.state,
+            "first_horizon_frames": self.first_horizon,
+            "change_odds_ratio": self.odds_ratio,
+            "changed_tokens_real_fraction": self.real_fraction,
+            "changed_tokens_generated_fraction": self.generated_fraction,
+            "frame_entropy_real_bits": self.real_entropy_bits,
+            "frame_entropy_generated_bits": self.generated_entropy_bits,
+            "state_by_horizon": self.states,
+            "factor_threshold": FACTOR,
+            "standard_errors_threshold": STANDARD_ERRORS,
+        }
+
+    def warning(self) -> str | None:
+        """Say what is wrong with the rollouts, in one sentence; None where nothing is."""
+        if self.state == STEADY:
+            return None
+        return (
+            f"rollouts are {self.state} from horizon {self.first_horizon} on: {_MEANING[self.state]}, {self.generated_fraction:.1%} of "
+            f"the tokens a frame beside {self.real_fraction:.1%} (entropy of a frame's ids {self.generated_entropy_bits:.2f} bits "
+            f"beside {self.real_entropy_bits:.2f})"
+        )
+
+
+def watch(meter: RolloutMeter) -> Monitor:
+    """Judge rollouts by their second half, and name the horizon where that began. Raises ValueError where none were measured."""
+    rows = meter.by_frame()
+    if not rows:
+        raise ValueError("got no rollouts to watch: give at least one clip")
+    states = [_state(*_counts([row])) for row in rows]
+    half = rows[len(rows) // 2 :]
+    tokens, real, generated = _counts(half)
+    state = _state(tokens, real, generated)
+    first = None
+    if state != STEADY:
+        others = [horizon for horizon, name in enumerate(states, 1) if name != state]
+        first = min(max(others, default=0), len(rows) // 2) + 1
+    bits = [sum(_number(row, f"frame_entropy_{name}_bits") for row in half) / len(half) for name in ("real", "generated")]
+    ratio = math.exp(_log_odds_ratio(generated, real, tokens)[0])
+    return Monitor(states, state, ratio, first, real / tokens, generated / tokens, *bits)
+
+
+def _counts(rows: Sequence[Figures]) -> tuple[float, float, float]:
+    """Give tokens, and those of them that change in reality and in the rollouts."""
+    tokens = [_number(row, "tokens_count") for row in rows]
+    real, generated = (
+        sum(_number(row, f"changed_tokens_{name}_fraction") * count for row, count in zip(rows, tokens, strict=True))
+        for name in ("real", "generated")
+    )
+    return sum(tokens), real, generated
+
+
+def _number(row: Figures, name: str) -> float:
+    value = row[name]
+    return math.nan if value is None else float(value)
+
+
+def _state(tokens: float, real: float, generated: float) -> str:
+    """Name the state of so many changed tokens, real and generated, each out of `tokens`."""
+    ratios = {FROZEN: _log_ratio(real, generated, tokens), BOILING: _log_odds_ratio(generated, real, tokens)}
+    for name, (ratio, error) in ratios.items():
+        if ratio - STANDARD_ERRORS * error > math.log(FACTOR):
+            return name
+    return STEADY
+
+
+def _log_ratio(more: float, less: float, tokens: float) -> tuple[float, float]:
+    """Give the logarithm of the ratio of two shares, and its standard error, with half a token more in every cell."""
+    ratio = math.log((more + 0.5) / (less + 0.5))
+    return ratio, math.sqrt(max(0.0, 1 / (more + 0.5) + 1 / (less + 0.5) - 2 / (tokens + 1)))
+
+
+def _log_odds_ratio(more: float, less: float, tokens: float) -> tuple[float, float]:
+    """Give the logarithm of the ratio of two odds, and its standard error, with half a token more in every cell (Haldane, Anscombe)."""
+    cells = [count + 0.5 for count in (more, tokens - more, less, tokens - less)]
+    return math.log(cells[0] * cells[3] / (cells[1] * cells[2])), math.sqrt(sum(1 / cell for cell in cells))
