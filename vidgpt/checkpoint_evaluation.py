@@ -198,6 +198,15 @@ def _show(progress: Progress, task: TaskID, done: int) -> None:
 
 def _setting(card: Card, options: EvaluateOptions) -> Setting:
     world, entropy = load_world(options.tokens)
+    if world is not None and (world.codebook_size, world.height, world.width) != (
+        card.codebook_size,
+        card.grid_height,
+        card.grid_width,
+    ):
+        raise ValueError(
+            f"world.json in {options.tokens} is of {world.codebook_size} ids on {world.height}x{world.width}, these tokens are "
+            f"{card.codebook_size} on {card.grid_height}x{card.grid_width}: write the tokens again, or delete that file"
+        )
     pixels = card.stride_t * card.frame_height * card.frame_width
     law = None if world is None else partial(score_law, world)
     return Setting(pixels, law, entropy, Bootstrap(options.resamples, options.seed))

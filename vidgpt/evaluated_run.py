@@ -124,16 +124,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_clips(path: Path, regime: str | None = None) -> dict[str, dict[str, dict[Clip, Figures]]]:
     """Read a table of clips; regime: of all its rows, where they name none."""
     found: dict[str, dict[str, dict[Clip, Figures]]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):
-            try:
-                clip = (int(row["data_row"]), int(row["first_latent_frame"]))
-                clips = found.setdefault(regime or row["regime"], {}).setdefault(row["forecaster"], {})
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}, names no clip ({error!r}): evaluate again") from None
-            if clip in clips:
-                raise ValueError(f"{path}, line {number}, tells of a clip a second time: evaluate again")
-            clips[clip] = dict(_numbers(row))
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no table of clips ({error}): evaluate again") from None
+    for number, row in enumerate(rows, 2):
+        try:
+            clip = (int(row["data_row"]), int(row["first_latent_frame"]))
+            clips = found.setdefault(regime or row["regime"], {}).setdefault(row["forecaster"], {})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}, names no clip ({error!r}): evaluate again") from None
+        if clip in clips:
+            raise ValueError(f"{path}, line {number}, tells of a clip a second time: evaluate again")
+        clips[clip] = dict(_numbers(row))
     return found
 
 

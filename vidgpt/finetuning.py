@@ -42,6 +42,8 @@ def build_gpt(runner: Runner, options: TrainGPTOptions, card: Card, model: Mappi
     changes = {key: value for key, value in model.items() if key in CHANGEABLE and value is not None}
     window = with_window(options, changes, default=trained.config.window)
     config = noted(VidGPTConfig.from_dict(trained.config.to_diff_dict() | window), options)
+    if options.train_only and model.get("draft_head") is False:
+        raise ValueError("train_only=draft_head trains a head that model.draft_head=false leaves out: leave one of them away")
     if options.train_only:
         config.draft_head = True
     network = VidGPTForCausalLM(config)

@@ -280,7 +280,7 @@ class VidGPTForCausalLM(VidGPTPreTrainedModel, GenerationMixin):
 
         V is the layout's num_logits; TokenLayout.due_logits cuts out those of each digit. Labels are ids at their own places (they
         are shifted here) and IGNORED where nothing is to be learned. draft_labels: those of the draft head, which are the ids a frame
-        later, shifted likewise; nothing but that head learns from them.
+        later, shifted likewise; nothing but that head learns from them (where gradients are clipped, their common norm counts it too).
         """
         outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache, **kwargs)
         hidden_states = outputs.last_hidden_state

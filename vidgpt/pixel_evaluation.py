@@ -159,6 +159,10 @@ def _protocol(frames: ClipFrames, clips: int, futures: Tensor, options: Evaluate
         "clips_ranked_by": "psnr_db of the model, mean over future frames",
         "sampling": asdict(options.sampling),
         "seed": options.seed,
+        # Only there does the decoder, which may be sharpened apart from its tokens, decide what is compared with.
+        "reference_tokenizer_fingerprint": frames.predictor.tokenizer.fingerprint()
+        if frames.reference == RECONSTRUCTION
+        else None,
         "lpips": None if tools.lpips is None else {"network": tools.lpips.name, "weights_sha256": tools.lpips.checksum},
         "vmaf": VMAF_MODEL if tools.is_vmaf else None,
     }

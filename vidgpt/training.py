@@ -60,6 +60,8 @@ def train_gpt(options: TrainGPTOptions, model: Mapping[str, Any], config: Mappin
                 found = model(read, labels=labels, draft_labels=drafts)
             if found.draft_loss is None:
                 return found.loss, {}
+            if options.train_only:
+                return found.draft_loss, {}
             return found.loss + found.draft_loss, {"loss": found.loss, "draft_loss": found.draft_loss}
 
         def evaluate() -> dict[str, float]:

@@ -238,7 +238,9 @@ def write_world(folder: str | Path, world: World, clips: int = 512, held_out: in
         frame_width=world.width,
         num_actions=0,
         data_name="world",
-        manifest_hash=hashlib.sha256(json.dumps([record, clips, held_out, frames, seed]).encode()).hexdigest()[:16],
+        manifest_hash=hashlib.sha256(
+            json.dumps([record["name"], record["options"], clips, held_out, frames, seed]).encode()
+        ).hexdigest()[:16],
     )
     with TokenWriter(folder, card) as writer:
         drawn = world.sample(clips + held_out, frames, seed)
@@ -272,7 +274,7 @@ def write_chosen_world(options: WorldOptions) -> Path:
         f"{options.clips} training and {options.held_out} validation clips of {options.frames} frames, {world.height}x{world.width} "
         f"tokens each, in {folder}; a perfect model has {world.entropy_nats_per_token:.4f} nats a token"
     )
-    print(f"Try: vidgpt-train tokens={folder} run_dir={folder.parent / 'gpt'} max_minutes=2")
+    print(f"Try: vidgpt-train tokens={folder} run_dir={folder}_gpt max_minutes=2")
     return folder
 
 
@@ -280,7 +282,8 @@ def _record(world: World) -> dict[str, Any]:
     return {
         "name": world.name,
         "options": asdict(world),  # type: ignore[call-overload]
-        "entropy_nats_per_token": world.entropy_nats_per_token,
+        # The last bits depend on the machine's linear algebra, and the tokens' name must not.
+        "entropy_nats_per_token": round(world.entropy_nats_per_token, 9),
     }
 
 

@@ -152,7 +152,7 @@ def load_lpips(weights: str | Path, heads: str | Path | None = None, sha256: str
         if head is None or tuple(head.shape) != wanted:
             has = "nothing" if head is None else f"shape {tuple(head.shape)}"
             raise ValueError(
-                f"{weights} has {has} under lin{number}.model.1.weight, where {name} needs {wanted}: give loss.lpips_heads=FILE, "
+                f"{weights} has {has} under lin{number}.model.1.weight, where {name} needs {wanted}: give lpips_heads=FILE, "
                 f"the lpips package's {name}.pth"
             )
     return Lpips(name, convolutions, found_heads, checksum)
@@ -182,12 +182,10 @@ def _packaged_heads(name: str) -> Path:
 def _read(path: Path, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
     """Give the tensors of a file, and its checksum."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file: give loss.lpips_weights=FILE, for example torchvision's vgg16-397923af.pth")
+        raise FileNotFoundError(f"{path} is no file: give lpips_weights=FILE, for example torchvision's vgg16-397923af.pth")
     found = file_sha256(path)
     if sha256 is not None and not (len(sha256) >= 8 and found.startswith(sha256.lower())):
-        raise ValueError(
-            f"{path} has the SHA-256 checksum {found}, not {sha256}: get the file again, or correct loss.lpips_sha256"
-        )
+        raise ValueError(f"{path} has the SHA-256 checksum {found}, not {sha256}: get the file again, or correct lpips_sha256")
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:

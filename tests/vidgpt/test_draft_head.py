@@ -161,6 +161,8 @@ def test_train_only_leaves_the_transformer_as_it_is(tokens: Path, tmp_path: Path
     for name, weight in plain.state_dict().items():
         assert torch.equal(long.state_dict()[name], weight), name
     assert not torch.equal(long.draft_head.up_proj.weight, short.draft_head.up_proj.weight)
+    with pytest.raises(ValueError, match="leave one of them away"):
+        train(tmp_path / "neither", tokens, {"draft_head": False}, 1, **keys)
     # And back again.
     dropped = train(tmp_path / "dropped", tokens, {"draft_head": False}, 1, init_from=str(tmp_path / "6"))
     assert dropped.draft_head is None

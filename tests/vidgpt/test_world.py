@@ -81,3 +81,14 @@ def test_a_model_trained_on_it_is_told_how_far_from_perfect_it_is(tmp_path: Path
     forced = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["teacher_forced"]
     assert forced["true_law"]["cross_entropy_nats_per_token"] == pytest.approx(0, abs=1e-9)
     assert forced["model"]["gap_nats_per_token"] == pytest.approx(forced["model"]["cross_entropy_nats_per_token"])
+
+
+def test_a_world_of_other_tokens_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, codes in (("small", 5), ("large", 12)):
+        main(["world=chains", f"codebook_size={codes}", *SMALL, f"output={tmp_path / name}"])
+    train([f"tokens={tmp_path / 'large'}", f"run_dir={tmp_path / 'gpt'}", "max_steps=1", "model.hidden_size=32",
+           "model.num_hidden_layers=1", "model.num_attention_heads=2", "evaluation_clips=2"])  # fmt: skip
+    (tmp_path / "large" / "world.json").write_bytes((tmp_path / "small" / "world.json").read_bytes())
+    with pytest.raises(SystemExit, match="2"):
+        evaluate([f"checkpoint={tmp_path / 'gpt'}", f"tokens={tmp_path / 'large'}", f"output={tmp_path / 'out'}", "context=2"])
+    assert "is of 5 ids on 4x4, these tokens are 12 on 4x4" in capsys.readouterr().err

@@ -171,7 +171,7 @@ def test_files_that_cannot_be_used_are_named_in_one_sentence(tmp_path: Path) -> 
     torch.save(backbone("vgg"), tmp_path / "net.pth")
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
     expected = {
-        ("missing.pth", None): "is no file: give loss.lpips_weights=FILE",
+        ("missing.pth", None): "is no file: give lpips_weights=FILE",
         ("vgg13.pth", None): "holds neither AlexNet's nor VGG16's convolutions",
         ("list.pth", None): "is no state dict",
         ("text.pth", None): "cannot be read as a state dict",

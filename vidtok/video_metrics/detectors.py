@@ -69,7 +69,13 @@ class TorchScriptDetector:
     @torch.no_grad()
     def features(self, video: Tensor) -> Tensor:
         """Give (B, d) for clips (B, 3, T, side, side) in [-1, 1]."""
-        found = self.network(video.to(self.device), **self._options)
+        try:
+            found = self.network(video.to(self.device), **self._options)
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[-1]
+            raise ValueError(
+                f"{self.name} fails on clips of shape {tuple(video.shape)} ({reason}): give a network of clips (B, 3, T, H, W) in [-1, 1]."
+            ) from error
         if not isinstance(found, Tensor) or found.ndim != 2:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"{self.name} gave {shape} for {len(video)} clips: a detector gives a tensor (clips, features).")
