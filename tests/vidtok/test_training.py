@@ -199,9 +199,7 @@ def test_wrong_lpips_weights_are_refused_before_any_data_is_opened(lpips_file: P
         LossOptions(lpips_weights=str(tmp_path / "missing.pth")),
         LossOptions(lpips_weights=str(lpips_file), lpips_sha256="0" * 64),
     ):
-        with pytest.raises(
-            (ValueError, FileNotFoundError), match=r"is no file: give lpips_weights|has the SHA-256 checksum"
-        ):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"is no file: give lpips_weights|has the SHA-256 checksum"):
             train(tmp_path / "run", nothing, max_steps=1, loss=loss)
     assert not (tmp_path / "run").exists()
 
