@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from vidtok.page_parts import leaves
 
 
 def check_protocol(config: Mapping[str, Any]) -> None:
@@ -13,7 +15,7 @@ def check_protocol(config: Mapping[str, Any]) -> None:
     """
     differing = [
         f"{key}={_found(config, key)} (it has {value})"
-        for key, value in _leaves(config["protocol"])
+        for key, value in leaves(config["protocol"])
         if _found(config, key) != value
     ]
     if differing:
@@ -21,14 +23,6 @@ def check_protocol(config: Mapping[str, Any]) -> None:
             f"{', '.join(differing)} contradicts the protocol of experiment={config['experiment']}: leave it away, or give "
             "experiment=own and your keys, so that nobody takes the figures for those of the benchmark"
         )
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _found(config: Mapping[str, Any], key: str) -> Any:

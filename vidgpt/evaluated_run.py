@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vidtok.page_parts import leaves
+
 CLIP_FILE = "by_clip.csv"
 PIXEL_CLIP_FILE, PIXELS = "pixels_by_clip.csv", "pixels"  # its rows name no regime
 KEYS = ("regime", "forecaster", "data_row", "first_latent_frame")
@@ -98,17 +100,9 @@ def _protocols(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str
         if not isinstance(value, Mapping):
             continue
         if key == _PROTOCOL or key.endswith((f"_{_PROTOCOL}", f"{_PROTOCOL}_card")):
-            yield place if key == _PROTOCOL else f"{place}.{key}".strip("."), dict(_leaves(value))
+            yield place if key == _PROTOCOL else f"{place}.{key}".strip("."), dict(leaves(value))
         else:
             yield from _protocols(value, f"{place}.{key}".strip("."))
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _read_json(path: Path) -> dict[str, Any]:

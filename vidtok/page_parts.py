@@ -156,17 +156,17 @@ def describe_device() -> str:
 
 def receipt_section(receipt: Mapping[str, Any]) -> str:
     """Give the receipt, folded away, one line a value."""
-    rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in _leaves(receipt))
+    rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in leaves(receipt))
     table = f'<table class="receipt">{rows}</table>'
     folded = f'<div class="card"><details><summary>Versions, seeds, configuration</summary>{table}</details></div>'
     return section("Receipt", folded if rows else "")
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Walk a nested mapping; keys are joined by dots."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
