@@ -14,7 +14,7 @@ from vidtok.folders import load_model, model_folder
 from vidtok.runner import Runner
 from vidtok.tokens import longest_row
 
-# What shapes no weight and changes no sum: training may go on with another value.
+# Training may go on with another value: every weight of the transformer itself fits all of them.
 CHANGEABLE = frozenset(
     {"window", "attention_frames", "sink_frames", "attention_dropout", "loss_chunk", "use_cache", "draft_head"}
 )
