@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vidgpt.decoding import DecodingOptions
-from vidgpt.decoding.stream import LongOptions, check_guidance, unlike_training
+from vidgpt.decoding.stream import LongOptions, RolloutKeys, check_guidance, unlike_training
 from vidgpt.decoding.work import Work
 from vidgpt.inputs import Context, read_actions, read_context
 from vidgpt.options import PredictOptions, changed_keys
@@ -64,9 +63,8 @@ def predict_file(options: PredictOptions) -> dict[str, object]:
     if options.compile:
         print("compiling the transformer: about a minute on two cores, once a process", flush=True)
     rollout = _Rollout(predictor.latent_frames(options.future))
-    stream = predictor.stream(
-        encoded[1], rollout.total, options.seed, actions=actions, samples=options.samples, work=rollout.work, **request
-    )
+    request |= {"actions": actions, "work": rollout.work}
+    stream = predictor.stream(encoded[1], rollout.total, **request)
     past, tokens = (predictor.samples(part, options.samples) for part in encoded)
     given, latents = torch.cat([past, tokens], dim=1), rollout.tell(rollout.keep(stream))
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -122,23 +120,11 @@ class _Rollout:
                 print(f"{number} of {self.total} latent frames, about {left / 60:.1f} minutes to go", flush=True)
 
 
-class _Request(TypedDict):
-    """How to decode; see Predictor.stream."""
-
-    options: SamplingOptions
-    decoding: DecodingOptions
-    long: LongOptions
-    guidance: float
-
-
-def _load(options: PredictOptions) -> tuple[Predictor, _Request]:
+def _load(options: PredictOptions) -> tuple[Predictor, RolloutKeys]:
     """Load the checkpoint, and check what can be without the input. Raises ValueError."""
-    request = _Request(
-        options=SamplingOptions(**asdict(options.sampling)),
-        decoding=DecodingOptions.from_keys(options.decoding, options.diagonal, options.speculative),
-        long=LongOptions(**asdict(options.long)),
-        guidance=options.guidance,
-    )
+    plan = DecodingOptions.from_keys(options.decoding, options.diagonal, options.speculative)
+    long = LongOptions(**asdict(options.long))
+    sampling = SamplingOptions(**asdict(options.sampling))
     predictor = Predictor.from_pretrained(
         options.checkpoint,
         allow_torchscript=options.allow_torchscript,
@@ -147,11 +133,12 @@ def _load(options: PredictOptions) -> tuple[Predictor, _Request]:
         use_compile=options.compile,
     )
     check_decoder(predictor.tokenizer)
-    predictor.check_window(options.context, options.future, request["decoding"], request["long"])
-    check_guidance(predictor.model.config, options.guidance, request["decoding"])
-    if warning := unlike_training(predictor.model.config, request["decoding"]):
+    predictor.check_window(options.context, options.future, plan, long)
+    check_guidance(predictor.model.config, options.guidance, plan)
+    if warning := unlike_training(predictor.model.config, plan):
         print(warning)
-    return predictor, request
+    keys = RolloutKeys(options=sampling, decoding=plan, long=long)
+    return predictor, keys | {"seed": options.seed, "samples": options.samples, "guidance": options.guidance}
 
 
 def _file_names(options: PredictOptions) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Unpack, cast
 
 import torch
 from einops import repeat
@@ -11,11 +12,16 @@ from torch import Tensor
 from vidgpt.checkpoint import check_fields, load_checkpoint
 from vidgpt.config import VidGPTConfig
 from vidgpt.decoding import DecodingOptions
-from vidgpt.decoding.stream import LongOptions, check_future, check_guidance, stream_tokens, without_gradients
-from vidgpt.decoding.work import Work
+from vidgpt.decoding.stream import (
+    LongOptions,
+    RolloutKeys,
+    check_future,
+    check_guidance,
+    stream_tokens,
+    without_gradients,
+)
 from vidgpt.fused import FusedModel
 from vidgpt.model import VidGPTForCausalLM
-from vidgpt.sampling import SamplingOptions
 from vidtok.card import Card
 from vidtok.folders import model_folder
 from vidtok.run.processes import in_precision
@@ -115,18 +121,7 @@ class Predictor:
 
     @torch.no_grad()
     def predict(
-        self,
-        video: Tensor | Sequence[Tensor],
-        future: int,
-        seed: int = 0,
-        options: SamplingOptions | None = None,
-        decoding: str | DecodingOptions = "raster",
-        actions: Tensor | Sequence[Tensor] | None = None,
-        first_sequence: int = 0,
-        history: int = 0,
-        samples: int = 1,
-        long: LongOptions | None = None,
-        guidance: float = 1.0,
+        self, video: Tensor | Sequence[Tensor], future: int, *, history: int = 0, **rollout: Unpack[RolloutKeys]
     ) -> Tensor:
         """Predict the next frames, greedily by default.
 
@@ -135,48 +130,35 @@ class Predictor:
         the samples of a clip one after the other.
         history: so many first frames, k * stride_t, are not context but the past it is encoded and shown with, as inside a longer
         video; history_frames of them are enough, where the video has them.
-        actions: (B, latent frames of context and future) where the model knows actions. first_sequence: number of the first sample, so
-        that sample i of a batch is drawn as it would be alone with first_sequence=i. long, guidance: see vidgpt.decoding.stream.
+        rollout: seed, options, decoding, actions, samples and the other keywords of stream_tokens; actions are those of the latent
+        frames of context and future.
         Raises ValueError, before any work, for another video, a context and future that exceed the window, an unknown plan, wrong
         actions, and a tokenizer without a decoder.
         """
-        groups, rows = _groups(video, actions)
+        groups, rows = _groups(video, rollout.get("actions"))
         for group, own in zip(groups, rows, strict=True):
-            self._check_request(group, future, decoding, own, history, long, guidance)
+            self._check_request(group, future, history, own, rollout)
         encoded = [self.encode_after(group, history) for group in groups]
         context = [clip for _, clips in encoded for clip in clips]
-        steps = self.latent_frames(future)
-        stream = self.stream(context, steps, seed, options, decoding, actions, first_sequence, samples, long, guidance)
+        samples = rollout.get("samples", 1)
+        stream = self.stream(context, self.latent_frames(future), **rollout)
         drawn = torch.stack(list(stream), dim=1).split([len(group) * samples for group in groups])
         given = [self.samples(torch.cat(parts, dim=1), samples) for parts in encoded]
         return torch.cat([self.show(before, after, future) for before, after in zip(given, drawn, strict=True)])
 
-    def stream_frames(
-        self,
-        video: Tensor,
-        future: int,
-        seed: int = 0,
-        options: SamplingOptions | None = None,
-        decoding: str | DecodingOptions = "raster",
-        actions: Tensor | None = None,
-        first_sequence: int = 0,
-        history: int = 0,
-        samples: int = 1,
-        long: LongOptions | None = None,
-        guidance: float = 1.0,
-    ) -> Iterator[Tensor]:
+    def stream_frames(self, video: Tensor, future: int, *, history: int = 0, **rollout: Unpack[RolloutKeys]) -> Iterator[Tensor]:
         """Yield the frames that predict() gives, (B * samples, 3, n, H, W), as soon as they are known; memory does not grow with them.
 
         Closing the iterator ends the work. Tokenizers that decode whole clips alone yield all at the end. Raises ValueError as
         predict() does, when it is called.
         """
-        self._check_request(video, future, decoding, actions, history, long, guidance)
+        self._check_request(video, future, history, cast("Tensor | None", rollout.get("actions")), rollout)
 
         def frames() -> Iterator[Tensor]:
             past, context = self.encode_after(video, history)
-            steps = self.latent_frames(future)
-            latents = self.stream(context, steps, seed, options, decoding, actions, first_sequence, samples, long, guidance)
-            yield from self.show_stream(self.samples(torch.cat([past, context], dim=1), samples), latents, future)
+            latents = self.stream(context, self.latent_frames(future), **rollout)
+            given = self.samples(torch.cat([past, context], dim=1), rollout.get("samples", 1))
+            yield from self.show_stream(given, latents, future)
 
         return without_gradients(frames())
 
@@ -193,35 +175,9 @@ class Predictor:
             if shown.shape[2]:
                 yield shown
 
-    def stream(
-        self,
-        context: Tensor | Sequence[Tensor],
-        future: int,
-        seed: int = 0,
-        options: SamplingOptions | None = None,
-        decoding: str | DecodingOptions = "raster",
-        actions: Tensor | Sequence[Tensor] | None = None,
-        first_sequence: int = 0,
-        samples: int = 1,
-        long: LongOptions | None = None,
-        guidance: float = 1.0,
-        work: Work | None = None,
-    ) -> Iterator[Tensor]:
+    def stream(self, context: Tensor | Sequence[Tensor], future: int, **rollout: Unpack[RolloutKeys]) -> Iterator[Tensor]:
         """Yield `future` latent frames (B * samples, h, w) after the indices `context`, each as it is ready; see stream_tokens."""
-        return stream_tokens(
-            self.fused,
-            context,
-            future,
-            seed=seed,
-            options=options,
-            decoding=decoding,
-            actions=actions,
-            first_sequence=first_sequence,
-            samples=samples,
-            long=long,
-            guidance=guidance,
-            work=work,
-        )
+        return stream_tokens(self.fused, context, future, **rollout)
 
     def encode(self, video: Tensor) -> Tensor:
         """Give the indices (B, t, h, w) of clips (B, 3, T, H, W), computed in the precision of those that were trained on."""
@@ -248,16 +204,7 @@ class Predictor:
         """Repeat every clip `samples` times, clip-major."""
         return repeat(context, "b ... -> (b s) ...", s=samples)
 
-    def _check_request(
-        self,
-        video: Tensor,
-        future: int,
-        decoding: str | DecodingOptions,
-        actions: Tensor | None,
-        history: int,
-        long: LongOptions | None,
-        guidance: float,
-    ) -> None:
+    def _check_request(self, video: Tensor, future: int, history: int, actions: Tensor | None, rollout: RolloutKeys) -> None:
         """Raise ValueError for what would otherwise show only after the work is done, or not at all."""
         check_decoder(self.tokenizer)
         check_video(video)
@@ -277,9 +224,9 @@ class Predictor:
             raise ValueError(
                 f"a context of {frames} frames ends inside a latent frame: use {' or '.join(map(str, whole))} frames"
             )
-        plan = DecodingOptions(decoding) if isinstance(decoding, str) else decoding
-        self.check_window(frames, future, plan, long)
-        check_guidance(self.model.config, guidance, plan)
+        plan = DecodingOptions.of(rollout.get("decoding", "raster"))
+        self.check_window(frames, future, plan, rollout.get("long"))
+        check_guidance(self.model.config, rollout.get("guidance", 1.0), plan)
         # Leads are made of actions, and refuse wrong ones.
         self.layout.leads(card.latent_frames_in(frames) + self.latent_frames(future), len(video), actions)
 

@@ -52,7 +52,7 @@ def read_all(model: VidGPTForCausalLM, ids: Tensor) -> tuple[Reader, Tensor]:
     sampler = Sampler(layout, SAMPLED, sequence_keys(0, len(ids), ids.device))
     reader = Reader(FusedModel(model), sampler, Work(), len(ids), 4)
     queries = reader.queries(torch.arange(ids.shape[1]), ids.shape[1])
-    return reader, reader.read_states(queries, ids.shape[1], ids, keep=ids.shape[1])
+    return reader, reader.read(queries, ids.shape[1], ids, keep=ids.shape[1])
 
 
 def oracle(patch: pytest.MonkeyPatch, truth: Tensor, layout: TokenLayout, wrong: int = 0) -> None:

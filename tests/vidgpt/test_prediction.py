@@ -108,8 +108,8 @@ def test_a_clip_of_a_batch_is_predicted_as_it_is_alone(checkpoint: Path) -> None
     torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=0)
     assert not torch.allclose(alone, predictor.predict(video[1:], 3, seed=5, options=sampling), atol=1e-2)
     given = predictor.encode(video)
-    rows = torch.stack(list(predictor.stream(given, 3, 5, sampling)), dim=1)
-    row = torch.stack(list(predictor.stream(given[1:], 3, 5, sampling, first_sequence=1)), dim=1)
+    rows = torch.stack(list(predictor.stream(given, 3, seed=5, options=sampling)), dim=1)
+    row = torch.stack(list(predictor.stream(given[1:], 3, seed=5, options=sampling, first_sequence=1)), dim=1)
     assert torch.equal(rows[1:], row)
 
 

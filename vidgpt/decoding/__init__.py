@@ -49,6 +49,11 @@ class DecodingOptions:
                 raise ValueError(f"{name}={value} is not allowed: give {allowed} or more")
 
     @classmethod
+    def of(cls, plan: "str | DecodingOptions") -> "DecodingOptions":
+        """Take a plan, or the name of one."""
+        return cls(plan) if isinstance(plan, str) else plan
+
+    @classmethod
     def from_keys(cls, plan: str, diagonal: DiagonalKeys, speculative: SpeculativeKeys) -> "DecodingOptions":
         """Take the keys of a command."""
         return cls(plan, diagonal.window, diagonal.delay, speculative.draft, speculative.draft_length)

@@ -76,11 +76,11 @@ def diagonal(reader: Reader, leads: Tensor, window: int = 1, delay: int = 0) -> 
             stop = start + len(written)
             part = queries.part(start, stop)
             above = max(last, *written) + 1
-            logits = reader.read(
+            states = reader.read(
                 part, above, reader.tokens.gather(1, sources[:, start:stop]), slots[:, start:stop], keep=len(due.queries)
             )
             targets = part.positions[:, len(due.ends) :] + 1
-            reader.tokens[:, targets[0]] = reader.draw(logits, targets)
+            reader.tokens[:, targets[0]] = reader.draw(reader.logits(states), targets)
             start = stop
             for _ in range(due.complete):
                 reader.length += size

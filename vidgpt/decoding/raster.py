@@ -23,8 +23,8 @@ def raster(reader: Reader, leads: Tensor) -> Iterator[Tensor]:
         for slot in range(1, size):
             part = queries.part(slot if slot > 1 else 0, slot + 1)
             # A single token sees all that is in use, but for windows and rows that begin later.
-            logits = reader.read(part.unmasked() if slot > 1 and reader.is_plain else part, first + slot)
-            reader.tokens[:, first + slot] = reader.draw(logits, positions[None, slot : slot + 1] + 1)[:, 0]
+            states = reader.read(part.unmasked() if slot > 1 and reader.is_plain else part, first + slot)
+            reader.tokens[:, first + slot] = reader.draw(reader.logits(states), positions[None, slot : slot + 1] + 1)[:, 0]
         reader.length = first + size
         reader.work.frames += 1
         yield reader.tokens[:, first + 1 : first + size]

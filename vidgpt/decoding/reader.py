@@ -101,7 +101,7 @@ class Reader:
         positions = torch.arange(self.length - 1, device=self.device)
         queries = self.queries(positions, self.length - 1, use_mask=not self.is_plain)
         keep = min(self.length - 1, self.layout.tokens_per_frame)
-        self.context_states = self.read_states(queries, self.length - 1, is_causal=self.is_plain, keep=keep)
+        self.context_states = self.read(queries, self.length - 1, is_causal=self.is_plain, keep=keep)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # or the time would be that of asking for it
         self.work.prefills += 1
@@ -132,6 +132,14 @@ class Reader:
         mask = self._mask(positions, end, rule or self.rule) if use_mask else None
         return Queries(positions[None], positions[None] % self.layout.tokens_per_frame, self.model.turns(own), mask)
 
+    def logits(self, states: Tensor) -> Tensor:
+        """Give the logits (B, n, num_logits) of what comes next, from what `read` gives."""
+        logits = self.model.logits(states)
+        if self.is_guided:
+            given, free = logits.chunk(2)
+            logits = free + self.guidance * (given - free)
+        return logits
+
     def read(
         self,
         queries: Queries,
@@ -141,27 +149,7 @@ class Reader:
         is_causal: bool = False,
         keep: int = 1,
     ) -> Tensor:
-        """Read queries in one forward pass; gives the logits (B, keep, num_logits) of the last ones. Arguments as of read_states."""
-        return self.logits(self.read_states(queries, end, ids, slots, is_causal, keep))
-
-    def logits(self, states: Tensor) -> Tensor:
-        """Give the logits (B, n, num_logits) of what comes next, from what read_states gives."""
-        logits = self.model.logits(states)
-        if self.is_guided:
-            given, free = logits.chunk(2)
-            logits = free + self.guidance * (given - free)
-        return logits
-
-    def read_states(
-        self,
-        queries: Queries,
-        end: int,
-        ids: Tensor | None = None,
-        slots: Tensor | None = None,
-        is_causal: bool = False,
-        keep: int = 1,
-    ) -> Tensor:
-        """Read queries in one forward pass; gives the states (B, or with guidance 2 B, keep, D) of the last ones.
+        """Read queries in one forward pass; gives the states (B, or with guidance 2 B, keep, D) of the last ones, for `logits`.
 
         ids: (B, n), by default those drawn at their positions. slots: (1, n) positions under which to write, by default their own.
         end: above all positions in use, those of this pass included.

@@ -75,9 +75,9 @@ class _Run:
             self._copy_until(min(end, int(done.max()) + drafts + 1))
         if len(targets) == 1:
             part = queries.part(least - begin, least - begin + drafts + 1)
-            states = reader.read_states(part, least + drafts, keep=drafts + 1)
+            states = reader.read(part, least + drafts, keep=drafts + 1)
         else:
-            states = reader.read_states(queries.at(targets - begin), end - 1, keep=drafts + 1)
+            states = reader.read(queries.at(targets - begin), end - 1, keep=drafts + 1)
         guesses = reader.tokens.gather(1, targets)
         # A lead is given, never predicted.
         drawn = torch.where(reader.layout.is_lead(targets), guesses, reader.draw(reader.logits(states), targets))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -40,6 +41,20 @@ class LongOptions:
             raise ValueError(f"long.drop={self.drop} frames: give 1 or more, or 0 for half the window")
 
 
+class RolloutKeys(TypedDict, total=False):
+    """The keywords of stream_tokens, for those who pass them on."""
+
+    seed: int
+    options: SamplingOptions | None
+    decoding: str | DecodingOptions
+    actions: Tensor | Sequence[Tensor] | None
+    first_sequence: int
+    samples: int
+    long: LongOptions | None
+    guidance: float
+    work: Work | None
+
+
 def stream_tokens(
     model: VidGPTForCausalLM | FusedModel,
     context: Tensor | Sequence[Tensor],
@@ -63,7 +78,7 @@ def stream_tokens(
     know them to those of one that does (arXiv:2207.12598); 1 is off. Raises ValueError before any work: past the window (see
     LongOptions), for an unknown plan, wrong actions, guidance without actions.
     """
-    plan = DecodingOptions(decoding) if isinstance(decoding, str) else decoding
+    plan = DecodingOptions.of(decoding)
     fused = model if isinstance(model, FusedModel) else FusedModel(model)
     long = long or LongOptions()
     clips = list(context)

@@ -207,7 +207,7 @@ def read_pieces(reader: Reader, input_ids: Tensor, ends: Iterable[int], wrong: T
         is_whole = start == 0 and is_plain
         queries = reader.queries(torch.arange(start, end, device=input_ids.device), used, use_mask=not is_whole)
         queries = queries.unmasked() if end - start == 1 and is_plain else queries
-        logits.append(reader.read(queries, used, is_causal=is_whole, keep=end - start))
+        logits.append(reader.logits(reader.read(queries, used, is_causal=is_whole, keep=end - start)))
         start = end
     return torch.cat(logits, dim=1)
 

@@ -140,9 +140,8 @@ class TeacherForced(nn.Module):
         reader = Reader(model, sampler, Work(), batch, length // model.layout.tokens_per_frame)
         positions = torch.arange(length, device=model.device)
         queries = reader.queries(positions, length, use_mask=not reader.is_plain)
-        return CausalLMOutputWithPast(
-            logits=reader.read(queries, length, input_ids, is_causal=reader.is_plain, keep=length).float()
-        )
+        states = reader.read(queries, length, input_ids, is_causal=reader.is_plain, keep=length)
+        return CausalLMOutputWithPast(logits=reader.logits(states).float())
 
 
 def cross_entropy(model: FusedModel, clips: Iterable[tuple[Tensor, Tensor | None]]) -> float:
