@@ -8,7 +8,9 @@ import torch
 from tests.conftest import randomised
 from vidgpt.cache import SlotCache
 from vidgpt.config import VidGPTConfig
+from vidgpt.fused import FusedModel
 from vidgpt.model import VidGPTForCausalLM
+from vidgpt.recording import cuda_graph
 from vidgpt.rollout import stream_tokens
 from vidgpt.sampling import SamplingOptions
 from vidgpt.train import main as train_gpt
@@ -75,3 +77,18 @@ def test_both_trainings_run_in_bf16_and_resume(tmp_path: Path, capsys: pytest.Ca
     encode([*data, f"checkpoint={tmp_path / 'tok'}", f"output={tmp_path / 'tokens'}"])
     train_gpt([*run, f"tokens={tmp_path / 'tokens'}", f"run_dir={tmp_path / 'gpt'}", "max_steps=4", "model.hidden_size=48"])
     assert (tmp_path / "gpt" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("plan", ["raster", "speculative", "diagonal"])
+def test_recorded_passes_draw_the_ids_of_plain_ones(plan: str) -> None:
+    model, given = gpt().cuda(), grids(3, 2)
+    found = torch.stack(list(stream_tokens(FusedModel(model, record=cuda_graph), given, 4, decoding=plan)), dim=1)
+    assert torch.equal(found, torch.stack(list(stream_tokens(model, given, 4, decoding=plan)), dim=1))
+
+
+def test_compiled_passes_are_recorded() -> None:
+    model, given = gpt().cuda(), grids(1, 2)
+    fused = FusedModel(model, use_compile=True)
+    assert fused.record is cuda_graph
+    found = torch.stack(list(stream_tokens(fused, given, 4, decoding="speculative")), dim=1)
+    assert torch.equal(found, torch.stack(list(stream_tokens(model, given, 4)), dim=1))

@@ -14,6 +14,7 @@ Travels with exported models (vidgpt.exporting).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +122,8 @@ class SlotCache(Cache):
         # (B, slots), or (1, slots) where all rows are alike; EMPTY where nothing may be read; None while all was appended.
         self.positions: Tensor | None = None
         self.end = 0
+        # Passes that were recorded over these slots (vidgpt.recording): gone with their memory.
+        self.recorded: Any = None
 
     def slot_positions(self, end: int, device: torch.device | str = "cpu") -> Tensor:
         """Give the position (slots in use,) that stands in each slot once all positions below `end` are written.
@@ -205,6 +208,7 @@ class SlotCache(Cache):
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep the given rows (rows,), in that order, some perhaps several times."""
+        self.recorded = None
         for layer in self.layers:
             if layer.is_initialized:
                 on = rows.to(layer.keys.device)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from vidgpt.cache import SlotCache, SlotLayer
 from vidgpt.model import DecoderLayer, VidGPTForCausalLM, embed_ids
+from vidgpt.recording import Record, RecordedPasses, cuda_graph
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class FusedModel:
     """A copy of a VidGPTForCausalLM's weights, in the form in which decoding reads them.
 
     dtype: of the weights and the cache; None takes the model's. use_compile: let torch.compile join what lies between the products.
-    cache_layer: how a layer of new caches stores keys and values.
+    cache_layer: how a layer of new caches stores keys and values. record: how small passes are recorded (vidgpt.recording): None
+    records them as CUDA graphs where a GPU runs what is compiled, and nowhere else.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class FusedModel:
         dtype: torch.dtype | None = None,
         use_compile: bool = False,
         cache_layer: type[SlotLayer] = SlotLayer,
+        record: Record | None = None,
     ) -> None:
         config, body = model.config, model.model
         self.source, self.config, self.layout, self.body = model, config, body.layout, body
@@ -75,7 +78,13 @@ class FusedModel:
             self.head = self._matrix(model.lm_head.weight * _scale(body.norm))
             self.draft_head = None if model.draft_head is None else self._fuse_draft_head(model)
             self.embed_tokens, self.embed_slots = (part.weight.detach().clone() for part in (body.embed_tokens, body.embed_slots))
+        # Whose phases the heads take: those of queries, then those of keys.
+        self._kinds = torch.tensor([0] * self.heads + [1] * self.groups, device=self.device)
+        # A table, because they are asked for in every pass; with a sliding window positions have no end.
+        known = torch.arange(config.window * self.layout.tokens_per_frame, device=self.device)[None]
+        self._phases = None if config.attention_frames else [part[0] for part in self._compute_phases(known)]
         self.is_compiled = use_compile
+        self.record = cuda_graph if record is None and use_compile and self.device.type == "cuda" else record
         self._forward = torch.compile(self._layers) if use_compile else self._layers
 
     def new_cache(self, num_slots: int, batch: int, sink_slots: int = 0) -> SlotCache:
@@ -86,16 +95,18 @@ class FusedModel:
             layer.lazy_initialization(states, states)
         return cache
 
+    def _recorded(self, cache: SlotCache) -> RecordedPasses | None:
+        """Give the recorded passes over a cache, which keeps them."""
+        if cache.recorded is None and self.record is not None:
+            cache.recorded = RecordedPasses(
+                lambda states, cos, sin, cache, mask: self._forward(states, cos, sin, cache, mask, False, None, 0), self.record
+            )
+        return cast("RecordedPasses | None", cache.recorded)
+
     def turns(self, positions: Tensor) -> Turns:
         """Give the phases for positions (B, n): a query turns by those of the position it predicts, a key by its own."""
-        parts = []
-        for moved, count in ((positions + 1, self.heads), (positions, self.groups)):
-            cos, sin = (
-                part[:, 0, :, None].expand(-1, -1, count, -1)
-                for part in self.body.rotary(moved, self.config.attention_frames > 0)
-            )
-            parts.append((torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)))
-        return Turns(*(torch.cat(pair, dim=2) for pair in zip(*parts, strict=True)))
+        phases = self._compute_phases(positions) if self._phases is None else (table[positions] for table in self._phases)
+        return Turns(*(part.index_select(2, self._kinds) for part in phases))
 
     def read(
         self,
@@ -113,8 +124,14 @@ class FusedModel:
         that is read may be attended, or, with is_causal, what does not come behind.
         """
         hidden = embed_ids(self.layout, self._token_rows, input_ids) + self.embed_slots[places]
-        hidden = self._forward(hidden.to(self.dtype), turns.cos, turns.sin, cache, mask, is_causal)
-        return self._norm(hidden[:, -keep:])
+        hidden, first = hidden.to(self.dtype), len(input_ids[0]) - keep
+        recorded = None if is_causal else self._recorded(cache)
+        if recorded is not None and (states := recorded(cache, mask, hidden, turns.cos, turns.sin)) is not None:
+            return self._norm(states[:, first:])
+        kept = mask if mask is None else mask[:, :, first:]
+        if is_causal and first:
+            kept = self._causal_mask(len(input_ids[0]), first)
+        return self._norm(self._forward(hidden, turns.cos, turns.sin, cache, mask, is_causal, kept, first))
 
     def logits(self, states: Tensor) -> Tensor:
         """Give the logits (B, n, num_logits) of what comes next, from states (B, n, D)."""
@@ -130,7 +147,29 @@ class FusedModel:
     def _token_rows(self, rows: Tensor) -> Tensor:
         return F.embedding(rows, self.embed_tokens)
 
-    def _layers(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: SlotCache, mask: Tensor | None, is_causal: bool) -> Tensor:
+    def _causal_mask(self, length: int, first: int) -> Tensor:
+        """Give the mask (1, 1, length - first, length) of the tokens from `first` on."""
+        hidden = torch.ones(length - first, length, dtype=torch.bool, device=self.device).triu_(first + 1)
+        return torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))[None, None]
+
+    def _compute_phases(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the phases (B, n, 2, head_dim) of a query and of a key at positions (B, n); see Turns."""
+        parts = [self.body.rotary(moved, self.config.attention_frames > 0) for moved in (positions + 1, positions)]
+        cos, sin = (torch.stack(pair, dim=3)[:, 0] for pair in zip(*parts, strict=True))
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+    def _layers(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: SlotCache,
+        mask: Tensor | None,
+        is_causal: bool,
+        kept: Tensor | None,
+        first: int,
+    ) -> Tensor:
+        """Give the last layer's states of the tokens from `first` on, which `kept` masks; those before leave their keys alone there."""
         batch, length = hidden.shape[:2]
         turned, half = self.heads + self.groups, self.head_dim // 2
         for number, layer in enumerate(self.layers):
@@ -141,6 +180,8 @@ class FusedModel:
             pairs = torch.addcmul(pairs * cos, pairs.roll(half, -1), sin).to(hidden.dtype)
             query, key = pairs[:, :, : self.heads].transpose(1, 2), pairs[:, :, self.heads :].transpose(1, 2)
             key, value = cache.update(key, value.transpose(1, 2), number)
+            if number == len(self.layers) - 1 and first:
+                query, hidden, length, mask, is_causal = query[:, :, first:], hidden[:, first:], length - first, kept, False
             mixed = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=self.is_grouped
             )

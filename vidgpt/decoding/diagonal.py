@@ -9,7 +9,7 @@ place, seen by nobody else, and the true one is read as soon as it is drawn. Sou
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain, count, islice
+from itertools import chain, count, islice, repeat
 
 import torch
 from torch import Tensor
@@ -65,9 +65,13 @@ def diagonal(reader: Reader, leads: Tensor, window: int = 1, delay: int = 0) -> 
     layout, size = reader.layout, reader.layout.tokens_per_frame
     step, row_rule = diagonal_passes(layout, window, delay), diagonal_rule(layout, window, delay, begins_row=True)
     passes = iter(schedule(layout, reader.length, leads.shape[1], window, delay))
+    # Until as many frames are under way as ever will be, each block differs from the one before: these are prepared together.
+    rising = -(-diagonal_passes(layout, window) // step)
     end, former = reader.length, None
     reader.extend(leads)
-    while block := list(islice(passes, step)):
+    for frames in chain([rising], repeat(1, leads.shape[1] - rising), repeat(rising)):
+        if not (block := list(islice(passes, step * frames))):
+            break
         ends = [end := max(end, *due.reads, 0) for due in block]
         writes = [_writes(due, last + 1) for due, last in zip(block, ends, strict=True)]
         former = _prepare(reader, block, writes, row_rule, former)
@@ -80,7 +84,7 @@ def diagonal(reader: Reader, leads: Tensor, window: int = 1, delay: int = 0) -> 
                 part, above, reader.tokens.gather(1, sources[:, start:stop]), slots[:, start:stop], keep=len(due.queries)
             )
             targets = part.positions[:, len(due.ends) :] + 1
-            reader.tokens[:, targets[0]] = reader.draw(reader.logits(states), targets)
+            reader.tokens.index_copy_(1, targets[0], reader.draw(reader.logits(states), targets))
             start = stop
             for _ in range(due.complete):
                 reader.length += size

@@ -156,7 +156,7 @@ class Reader:
         """
         positions, mask, turns = queries.positions, queries.mask, queries.turns
         if ids is None:
-            ids = self.tokens[:, positions[0]] if len(positions) == 1 else self.tokens.gather(1, positions)
+            ids = self.tokens.index_select(1, positions[0]) if len(positions) == 1 else self.tokens.gather(1, positions)
         writes = positions if slots is None else slots
         if self.is_guided:
             ids = torch.cat([ids, self.layout.without_actions(ids)])

@@ -125,7 +125,7 @@ def _takes_a_slot_too_early(patch: pytest.MonkeyPatch) -> None:
 
 def _shows_all_slots(patch: pytest.MonkeyPatch, more: int = 0) -> None:
     """Let every pass see what the cache has in use, and so many slots more, whatever its mask says of them."""
-    read, update = FusedModel.read, SlotLayer.update
+    read, update, causal_mask = FusedModel.read, SlotLayer.update, FusedModel._causal_mask
 
     def wide(self: SlotLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         update(self, key, value)
@@ -139,8 +139,12 @@ def _shows_all_slots(patch: pytest.MonkeyPatch, more: int = 0) -> None:
             mask = torch.nn.functional.pad(mask, (0, cache.cursor.end + more - mask.shape[-1]))
         return read(self, ids, places, turns, cache, mask, *rest)
 
+    def seen_before(self: FusedModel, length: int, first: int) -> Tensor:
+        return torch.nn.functional.pad(causal_mask(self, length, first), (0, more))
+
     patch.setattr(SlotLayer, "update", wide)
     patch.setattr(FusedModel, "read", padded)
+    patch.setattr(FusedModel, "_causal_mask", seen_before)
 
 
 def _keeps_the_former_clip(patch: pytest.MonkeyPatch) -> None:
