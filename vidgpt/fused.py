@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vidgpt.cache import SlotCache, SlotLayer
 from vidgpt.model import DecoderLayer, VidGPTForCausalLM, embed_ids
-from vidgpt.recording import Record, RecordedPasses, cuda_graph
+from vidgpt.recording import Record, RecordedPasses, cuda_graph, is_small
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class FusedModel:
         self.is_compiled = use_compile
         self.record = cuda_graph if record is None and use_compile and self.device.type == "cuda" else record
         self._forward = torch.compile(self._layers) if use_compile else self._layers
+        self._run_small = self._run_recorded if self.record is not None else self._run_compiled if use_compile else None
 
     def new_cache(self, num_slots: int, batch: int, sink_slots: int = 0) -> SlotCache:
         """Make an empty cache for `batch` rows."""
@@ -95,13 +96,16 @@ class FusedModel:
             layer.lazy_initialization(states, states)
         return cache
 
-    def _recorded(self, cache: SlotCache) -> RecordedPasses | None:
-        """Give the recorded passes over a cache, which keeps them."""
-        if cache.recorded is None and self.record is not None:
-            cache.recorded = RecordedPasses(
-                lambda states, cos, sin, cache, mask: self._forward(states, cos, sin, cache, mask, False, None, 0), self.record
-            )
-        return cast("RecordedPasses | None", cache.recorded)
+    def _run_recorded(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: SlotCache, mask: Tensor | None) -> Tensor:
+        if cache.recorded is None:
+            assert self.record is not None
+            cache.recorded = RecordedPasses(self._forward, self.record)
+        return cast(RecordedPasses, cache.recorded)(cache, mask, hidden, cos, sin)
+
+    def _run_compiled(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: SlotCache, mask: Tensor | None) -> Tensor:
+        # Copies, because views of other strides and offsets would each be compiled anew.
+        mask = None if mask is None else mask.clone(memory_format=torch.contiguous_format)
+        return self._forward(hidden, cos.clone(), sin.clone(), cache, mask)
 
     def turns(self, positions: Tensor) -> Turns:
         """Give the phases for positions (B, n): a query turns by those of the position it predicts, a key by its own."""
@@ -124,14 +128,15 @@ class FusedModel:
         that is read may be attended, or, with is_causal, what does not come behind.
         """
         hidden = embed_ids(self.layout, self._token_rows, input_ids) + self.embed_slots[places]
-        hidden, first = hidden.to(self.dtype), len(input_ids[0]) - keep
-        recorded = None if is_causal else self._recorded(cache)
-        if recorded is not None and (states := recorded(cache, mask, hidden, turns.cos, turns.sin)) is not None:
-            return self._norm(states[:, first:])
+        hidden, length = hidden.to(self.dtype), input_ids.shape[1]
+        first = length - keep
+        if self._run_small is not None and is_small(length) and not is_causal:
+            # Few kinds of shapes are worth more here than a last layer for fewer tokens.
+            return self._norm(self._run_small(hidden, turns.cos, turns.sin, cache, mask)[:, first:])
         kept = mask if mask is None else mask[:, :, first:]
         if is_causal and first:
-            kept = self._causal_mask(len(input_ids[0]), first)
-        return self._norm(self._forward(hidden, turns.cos, turns.sin, cache, mask, is_causal, kept, first))
+            kept = self._causal_mask(length, first)
+        return self._norm(self._layers(hidden, turns.cos, turns.sin, cache, mask, is_causal, first, kept))
 
     def logits(self, states: Tensor) -> Tensor:
         """Give the logits (B, n, num_logits) of what comes next, from states (B, n, D)."""
@@ -165,9 +170,9 @@ class FusedModel:
         sin: Tensor,
         cache: SlotCache,
         mask: Tensor | None,
-        is_causal: bool,
-        kept: Tensor | None,
-        first: int,
+        is_causal: bool = False,
+        first: int = 0,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """Give the last layer's states of the tokens from `first` on, which `kept` masks; those before leave their keys alone there."""
         batch, length = hidden.shape[:2]

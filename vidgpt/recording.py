@@ -19,6 +19,11 @@ Record = Callable[[Call], Call]
 Forward = Callable[[Tensor, Tensor, Tensor, SlotCache, Tensor], Tensor]
 
 
+def is_small(length: int) -> bool:
+    """Tell whether a pass of so many tokens has a size: a longer one is busy with arithmetic."""
+    return length <= SIZES[-1]
+
+
 def cuda_graph(call: Call) -> Call:
     """Record what `call` launches; gives a function that launches it again on the same memory."""
     stream = torch.cuda.Stream()
@@ -69,17 +74,15 @@ class RecordedPasses:
         self._forward, self._record = forward, record
         self._passes: dict[tuple[int, ...], _Pass] = {}
 
-    def __call__(self, cache: SlotCache, mask: Tensor | None, *inputs: Tensor) -> Tensor | None:
-        """Run a pass inside cache.writing, states, cosines and sines as `inputs`; gives states (B, n, D) that the next pass overwrites.
+    def __call__(self, cache: SlotCache, mask: Tensor | None, *inputs: Tensor) -> Tensor:
+        """Run a small pass inside cache.writing, states, cosines and sines as `inputs`; mask as of FusedModel.read.
 
-        None where it has more tokens than any size; mask as of FusedModel.read.
+        Gives states (B, n, D) that the next pass overwrites.
         """
         cursor = cache.cursor
         slots, used = cursor.slots, cursor.end
         assert slots is not None, "inside cache.writing"
         length = slots.shape[1]
-        if length > SIZES[-1]:
-            return None
         size = next(size for size in SIZES if size >= length)
         key = (size, len(slots), 1 if mask is None else len(mask), *map(len, inputs))
         if (known := self._passes.get(key)) is None:
