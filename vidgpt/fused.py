@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from vidgpt.cache import SlotCache, SlotLayer
 from vidgpt.model import DecoderLayer, VidGPTForCausalLM, embed_ids
-from vidgpt.recording import Record, RecordedPasses, cuda_graph, is_small
+from vidgpt.recording import Forward, Record, RecordedPasses, cuda_graph, is_small
+from vidtok.compiling import compiling
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Turns:
 class FusedModel:
     """A copy of a VidGPTForCausalLM's weights, in the form in which decoding reads them.
 
-    dtype: of the weights and the cache; None takes the model's. use_compile: let torch.compile join what lies between the products.
+    dtype: of the weights and the cache; None takes the model's. use_compile: let torch.compile join what lies between the products of
+    small passes; one that cannot be compiled on this machine raises ValueError.
     cache_layer: how a layer of new caches stores keys and values. record: how small passes are recorded (vidgpt.recording): None
     records them as CUDA graphs where a GPU runs what is compiled, and nowhere else.
     """
@@ -85,7 +87,7 @@ class FusedModel:
         self._phases = None if config.attention_frames else [part[0] for part in self._compute_phases(known)]
         self.is_compiled = use_compile
         self.record = cuda_graph if record is None and use_compile and self.device.type == "cuda" else record
-        self._forward = torch.compile(self._layers) if use_compile else self._layers
+        self._forward = self._compiled() if use_compile else self._layers
         self._run_small = self._run_recorded if self.record is not None else self._run_compiled if use_compile else None
 
     def new_cache(self, num_slots: int, batch: int, sink_slots: int = 0) -> SlotCache:
@@ -95,6 +97,15 @@ class FusedModel:
         for layer in cache.layers:
             layer.lazy_initialization(states, states)
         return cache
+
+    def _compiled(self) -> Forward:
+        run = torch.compile(self._layers)
+
+        def forward(hidden: Tensor, cos: Tensor, sin: Tensor, cache: SlotCache, mask: Tensor | None) -> Tensor:
+            with compiling("transformer"):
+                return run(hidden, cos, sin, cache, mask)
+
+        return forward
 
     def _run_recorded(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: SlotCache, mask: Tensor | None) -> Tensor:
         if cache.recorded is None:

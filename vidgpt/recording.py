@@ -16,7 +16,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
 Call = Callable[[], Tensor]
 Record = Callable[[Call], Call]
 # Of states, cosines and sines (see vidgpt.fused.Turns), the cache and a mask: gives the last states.
-Forward = Callable[[Tensor, Tensor, Tensor, SlotCache, Tensor], Tensor]
+Forward = Callable[[Tensor, Tensor, Tensor, SlotCache, Tensor | None], Tensor]
 
 
 def is_small(length: int) -> bool:

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
+from vidtok.compiling import compiling
 from vidtok.config import VidTokConfig
 from vidtok.folders import OutputFolder, load_model
 from vidtok.health.seams import Coder
@@ -71,11 +71,8 @@ def bench_tokenizer(options: BenchTokenizerOptions) -> dict[str, Any]:
     compared = variants(options)
     result = {"weights": weights, **_describe(options, model, video)}
     flops = {part: result[f"{part}_flops_per_frame"] for part in PARTS}
-    try:
+    with compiling("tokenizer"):
         result |= _time(model, video, compared, options.repeats, flops)
-    except TorchDynamoException as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"this machine cannot compile the tokenizer ({reason}): leave compile out") from error
     result = folder.replace((), result)
     _print(result, folder.path / RECORD_FILE)
     return result

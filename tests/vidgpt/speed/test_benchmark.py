@@ -255,9 +255,9 @@ def test_a_failing_compiler_is_one_sentence(tmp_path: Path, monkeypatch: pytest.
     def fail(*_: object) -> None:
         raise TorchDynamoException("no compiler\nand a long story")
 
-    monkeypatch.setattr("vidgpt.speed.benchmark._run", fail)
+    monkeypatch.setattr("torch.compile", lambda _: fail)
     with pytest.raises(ValueError, match=r"cannot compile the transformer \(no compiler\): leave compile out"):
-        bench(tmp_path)
+        bench(tmp_path, compile=True)
 
 
 @pytest.mark.slow
