@@ -104,7 +104,7 @@ def test_a_sweep_runs_once_for_each_value(toy) -> None:
         (["data.size={a:1}"], "data.size: expected a list, for example data.size=[1,2]"),
         (["data.crop=8"], "data.crop=8: expected a list, for example data.crop=[8,8]"),
         (["loss=3"], "loss=3: expected one of its keys, for example loss.l1_weight=VALUE"),
-        (["max_steps=1,2"], "max_steps=1,2: a list is written [1,2], and a text with a comma needs quotes"),
+        (["max_steps=1,2"], "max_steps=1,2: a list is written max_steps=[1,2], and a text with a comma needs quotes"),
         (["input="], "input is empty: give a path, as in input=PATH"),
         (["data=files"], "data.root is empty: give a path, as in data.root=PATH"),
         (["--max-steps", "10"], "--max-steps: unknown flag, options are written as max_steps=VALUE, see --help"),

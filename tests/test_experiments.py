@@ -24,9 +24,10 @@ CONF = Path(config_dir())
 GIVEN = {
     "bair": ["data.root=a", "data.validation_root=b"],
     "kth": ["data.root=a", "data.validation_root=b"],
+    "kth40": ["data.root=a", "data.validation_root=b"],
     "own": ["data=digits"],
 }
-BENCHMARKS = ("moving_mnist", "bair", "kth", "atari")
+BENCHMARKS = ("moving_mnist", "bair", "kth", "kth40", "atari")
 TINY = [
     "tokenizer.width=8", "tokenizer.decoder_blocks=1", "model.hidden_size=32", "model.num_hidden_layers=1",
     "model.num_attention_heads=2", "tokenizer_training.max_steps=4", "tokenizer_training.unquantized_steps=2",
@@ -65,8 +66,21 @@ def test_every_experiment_composes_with_every_budget(experiment: str, budget: st
         assert options.evaluation.data == options.data == options.encoding.data == options.tokenizer_training.data
         assert {"context", "future", "data", "evaluation"} <= set(options.protocol)
         text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
-        assert "arXiv:" in text or "ICPR" in text
+        assert "arXiv:" in text or "as in kth.yaml" in text
     assert options.gpt_training.use_actions == (experiment == "atari")
+
+
+def test_the_longer_kth_is_the_shorter_one_but_for_its_length() -> None:
+    short, long = (composed(f"experiment={name}", *GIVEN[name]) for name in ("kth", "kth40"))
+    assert (long["context"], long["future"], long["model"]["window"]) == (10, 40, 50)
+    for values in (short, long):
+        for key in ("experiment", "future"):
+            values.pop(key)
+            values["protocol"].pop(key, None)
+        for part in (values, values["protocol"]):
+            part["model"].pop("window")
+        values["gpt_training"].pop("model", None)
+    assert short == long
 
 
 def test_a_budget_changes_the_networks_and_nothing_of_the_protocol() -> None:
@@ -87,9 +101,19 @@ def test_a_budget_changes_the_networks_and_nothing_of_the_protocol() -> None:
             ["experiment=moving_mnist", "data.num_digits=3", "future=9"],
             "future=9 (it has 10), data.num_digits=3 (it has 2) contradicts",
         ),
-        (["experiment=bair", "data.root=a", "data.size=[32,32]"], "data.size=[32, 32] (it has [64, 64]) contradicts"),
+        (["experiment=bair", *GIVEN["bair"], "data.size=[32,32]"], "data.size=[32, 32] (it has [64, 64]) contradicts"),
         (["experiment=atari", "gpt_training.use_actions=false"], "gpt_training.use_actions=False (it has True) contradicts"),
-        (["experiment=kth", "data.root=a", "evaluation.split=train"], "experiment=kth: leave it away, or give experiment=own"),
+        (["experiment=kth", *GIVEN["kth"], "evaluation.split=train"], "experiment=kth: leave it away, or give experiment=own"),
+        (["experiment=kth", *GIVEN["kth"], "future=40"], "future=40 (it has 20) contradicts the protocol of experiment=kth"),
+        (
+            ["experiment=kth40", *GIVEN["kth40"], "future=20"],
+            "future=20 (it has 40) contradicts the protocol of experiment=kth40",
+        ),
+        (["experiment=kth", "data.root=a"], "experiment=kth needs data.validation_root, since its held-out videos are fixed"),
+        (["experiment=bair"], "experiment=bair needs data.root and data.validation_root, since its held-out videos are fixed"),
+        (["experiment=kth40"], "give data.root=PATH data.validation_root=PATH, or experiment=own"),
+        (["experiment=kth", *GIVEN["kth"], "data.stretch=false"], "data.stretch=False (it has True) contradicts the protocol of"),
+        (["experiment=bair", "data.root=a", "data.validation_root=null"], "give data.validation_root=PATH, or experiment=own"),
         (["experiment=moving_mist"], "experiment=moving_mist: unknown preset, did you mean moving_mnist?"),
         (["budget=huge"], "budget=huge: unknown preset"),
     ],

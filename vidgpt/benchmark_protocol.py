@@ -7,16 +7,25 @@ from typing import Any
 
 from vidtok.page_parts import leaves
 
+GIVEN = "*"  # in place of a value: the user's own, but there must be one
+
 
 def check_protocol(config: Mapping[str, Any]) -> None:
     """Raise ValueError, in one sentence that names every key with both its values, where a configuration contradicts its protocol.
 
-    config: of vidgpt-demo, whose "protocol" holds keys of its own that must have the values there.
+    config: of vidgpt-demo, whose "protocol" holds keys of its own that must have the values there, or any value where that is GIVEN.
     """
+    wanted = dict(leaves(config["protocol"]))
+    missing = [key for key, value in wanted.items() if value == GIVEN and not _found(config, key)]
+    if missing:
+        raise ValueError(
+            f"experiment={config['experiment']} needs {' and '.join(missing)}, since its held-out videos are fixed: give "
+            f"{' '.join(f'{key}=PATH' for key in missing)}, or experiment=own, which holds out a part of what it is given"
+        )
     differing = [
         f"{key}={_found(config, key)} (it has {value})"
-        for key, value in leaves(config["protocol"])
-        if _found(config, key) != value
+        for key, value in wanted.items()
+        if value not in (GIVEN, _found(config, key))
     ]
     if differing:
         raise ValueError(

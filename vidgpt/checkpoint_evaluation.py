@@ -14,7 +14,7 @@ from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from vidgpt.checkpoint import load_checkpoint
-from vidgpt.clip_sums import Bootstrap
+from vidgpt.clip_sums import Bootstrap, ClipPlace, number_episodes
 from vidgpt.counts import TokenCounts
 from vidgpt.evaluation import add_forced, evaluate_rollouts, evaluate_tokens
 from vidgpt.fused import FusedModel
@@ -222,16 +222,17 @@ def _counts(options: EvaluateOptions, layout: TokenLayout) -> TokenCounts | None
     return counts
 
 
-def _places(clips: TokenDataset, count: int) -> list[tuple[int, int]]:
+def _places(clips: TokenDataset, count: int) -> list[ClipPlace]:
     """Give where the clips of _batches lie."""
-    return [clips.place(index) for index in spread(clips, count).indices]
+    return [ClipPlace.of(clips, index) for index in spread(clips, count).indices]
 
 
 def _batches(clips: TokenDataset, count: int, layout: TokenLayout, size: int) -> Any:
-    chosen = spread(clips, count)
+    chosen, episodes = spread(clips, count), torch.tensor(number_episodes(_places(clips, count)))
     for at in range(0, len(chosen), size):
         items = [chosen[index] for index in range(at, min(at + size, len(chosen)))]
         yield {
             "indices": torch.stack([item["indices"] for item in items]),
             "actions": torch.stack([item["actions"] for item in items]) if layout.num_actions else None,
+            "episodes": episodes[at : at + size],
         }

@@ -1,42 +1,77 @@
-"""Sums of each clip, and what they could have been with other clips: bootstrap intervals."""
+"""Sums of each clip, and what they could have been with other episodes: bootstrap intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn import functional as F
 
+from vidtok.tokens import TokenDataset
+
 Sums = dict[str, Tensor]
 LEVEL = 0.95
+FEW_EPISODES = 8  # with fewer, intervals of this kind are known to be too narrow (Cameron, Gelbach and Miller, 2008)
+
+
+@dataclass(frozen=True)
+class ClipPlace:
+    """Where a clip was cut from: its row of the token dataset, its first latent frame there, and the episode that the row is of."""
+
+    row: int
+    first: int
+    episode: str
+
+    @classmethod
+    def of(cls, clips: TokenDataset, index: int) -> Self:
+        """Give where a window lies."""
+        row, first = clips.place(index)
+        return cls(row, first, clips.source(row)[0])
+
+    def columns(self) -> dict[str, int | str]:
+        """Give what stands before the figures of a clip in a table."""
+        return {"data_row": self.row, "first_latent_frame": self.first, "episode": self.episode}
+
+
+def number_episodes(places: Sequence[ClipPlace]) -> list[int]:
+    """Give the number of the episode of each clip, 0 the first that comes."""
+    numbers = {episode: number for number, episode in enumerate(dict.fromkeys(place.episode for place in places))}
+    return [numbers[place.episode] for place in places]
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Percentile intervals of LEVEL from clips drawn anew with replacement (Efron, 1979).
+    """Percentile intervals of LEVEL from episodes drawn anew with replacement, each with all its clips.
 
-    The clip is the unit, because tokens of one clip depend on each other. Windows of one video do too, so of few videos the intervals
-    are too narrow. Every meter of the same number of clips sees the same draws, so that differences are paired.
+    The episode is the unit, because windows of one video depend on each other like the tokens of one clip (Field and Welsh, Bootstrapping
+    clustered data, 2007; of a clip an episode this is Efron, 1979). Of one episode there is no interval. Meters of the same clips see the
+    same draws, so that differences are paired.
     """
 
     resamples: int = 1000
     seed: int = 0
 
-    def interval(self, clips: int, figure: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Give the bounds (...) of a figure; figure turns weights (R, clips) into its values (R, ...), NaN where it has none."""
+    def interval(self, episodes: Sequence[int], figure: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Give the bounds (...) of a figure; None where all clips are of one episode.
+
+        episodes: that of each clip. figure turns weights (R, clips) into its values (R, ...), NaN where it has none.
+        """
+        if len(set(episodes)) < 2:
+            return None
         ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-        low, high = figure(_draws(clips, self.resamples, self.seed)).nanquantile(ends, dim=0)
+        low, high = figure(_draws(tuple(episodes), self.resamples, self.seed)).nanquantile(ends, dim=0)
         return low, high
 
     def describe(self) -> dict[str, str | int | float]:
         """Give what a reader of the intervals must know, for metrics.json."""
         return {
             "method": "percentile",
-            "unit": "clips",
+            "unit": "episodes",
             "level_fraction": LEVEL,
             "resamples_count": self.resamples,
             "seed": self.seed,
@@ -44,10 +79,21 @@ class Bootstrap:
 
 
 @lru_cache(maxsize=8)
-def _draws(clips: int, resamples: int, seed: int) -> Tensor:
-    """Give how often each clip stands in each resample: (R, clips)."""
-    drawn = torch.randint(clips, (resamples, clips), generator=torch.Generator().manual_seed(seed))
-    return torch.zeros(resamples, clips, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
+def _draws(episodes: tuple[int, ...], resamples: int, seed: int) -> Tensor:
+    """Give how often each clip stands in each resample: (R, clips), as often as its episode was drawn."""
+    number = {episode: place for place, episode in enumerate(dict.fromkeys(episodes))}
+    drawn = torch.randint(len(number), (resamples, len(number)), generator=torch.Generator().manual_seed(seed))
+    times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
+    return times[:, [number[episode] for episode in episodes]]
+
+
+def describe_episodes(episodes: int, clips: int) -> str:
+    """Warn, in one line, of intervals over few episodes, and of clips of one episode, which have none; nothing of others."""
+    if episodes >= FEW_EPISODES or clips < 2:
+        return ""
+    if episodes == 1:
+        return f"no intervals: the {clips} clips are of one episode, and depend on each other"
+    return f"intervals over {episodes} episodes: of fewer than {FEW_EPISODES} they are too narrow"
 
 
 class ClipSums:
@@ -58,19 +104,30 @@ class ClipSums:
 
     def __init__(self, fields: Sequence[str], grid: tuple[int, int]) -> None:
         self.fields, self.grid = tuple(fields), grid
+        self.episodes: list[int] = []  # of each clip
         self._frames: list[Tensor] = []  # (B, fields, t), frame 0 first
         self._places: list[Tensor] = []  # (B, fields, h * w)
 
-    def add(self, first_frame: int, values: Mapping[str, Tensor]) -> None:
-        """Add values (B, t, h, w), one tensor a field, for frames first_frame .. first_frame + t - 1 of B clips."""
+    def add(self, first_frame: int, values: Mapping[str, Tensor], episodes: Tensor | None = None) -> None:
+        """Add values (B, t, h, w), one tensor a field, for frames first_frame .. first_frame + t - 1 of B clips.
+
+        episodes: of each clip the number, 0 or more, of the one it was cut from, (B,); None takes every clip for an episode of its own.
+        """
         stacked = torch.stack([values[name].cpu().double() for name in self.fields], dim=1)
+        done = len(self.episodes)
+        self.episodes += [-1 - done - clip for clip in range(len(stacked))] if episodes is None else episodes.tolist()
         self._frames.append(F.pad(reduce(stacked, "B field t h w -> B field t", "sum"), (first_frame, 0)))
         self._places.append(reduce(stacked, "B field t h w -> B field (h w)", "sum"))
 
     @property
     def clips(self) -> int:
         """Clips added."""
-        return sum(map(len, self._frames))
+        return len(self.episodes)
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes that these are of."""
+        return len(set(self.episodes))
 
     def total(self) -> Sums:
         """Give the sums of each clip: (clips,)."""

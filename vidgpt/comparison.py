@@ -1,4 +1,4 @@
-"""Compare evaluations of the same clips: paired differences with bootstrap intervals over clips, figure by figure."""
+"""Compare evaluations of the same clips: paired differences with bootstrap intervals over episodes, figure by figure."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table as PrintedTable
 from torch import Tensor
 
-from vidgpt.clip_sums import LEVEL, Bootstrap
-from vidgpt.evaluated_run import Clip, EvaluatedRun, check_comparable, figure_names, load_run, shared_clips
+from vidgpt.clip_sums import LEVEL, Bootstrap, describe_episodes
+from vidgpt.evaluated_run import EvaluatedRun, check_comparable, episode_numbers, figure_names, load_run, shared_clips
 from vidgpt.evaluation_options import CompareOptions
 from vidgpt.metrics import divided
 from vidgpt.report import Report, write_report
@@ -49,10 +49,11 @@ class Difference:
     reference: str
     other: str
     clips_count: int
+    episodes_count: int  # that these are of
     reference_value: float
     other_value: float
     difference: float  # other - reference
-    difference_ci95_low: float | None  # of a single clip there is no interval
+    difference_ci95_low: float | None  # of a single episode there is no interval
     difference_ci95_high: float | None
 
     @property
@@ -96,12 +97,17 @@ def compare(runs: Sequence[EvaluatedRun], bootstrap: Bootstrap) -> tuple[list[Di
     first = runs[0]
     for other in runs[1:]:
         check_comparable(first, other)
+    episodes = [episode_numbers(first, other) for other in runs]
     found: list[Difference] = []
     equal: dict[str, list[str]] = {}
     for regime in first.clips:
         for forecaster in first.clips[regime]:
-            others = [run for run in runs[1:] if forecaster in run.clips.get(regime, {})]
-            compared = [row for other in others for row in _compare_forecaster(first, other, regime, forecaster, bootstrap)]
+            others = [
+                (run, of) for run, of in zip(runs[1:], episodes[1:], strict=True) if forecaster in run.clips.get(regime, {})
+            ]
+            compared = [
+                row for other, of in others for row in _compare_forecaster(first, other, regime, forecaster, bootstrap, of)
+            ]
             if compared:
                 found += compared
             elif others:
@@ -112,9 +118,12 @@ def compare(runs: Sequence[EvaluatedRun], bootstrap: Bootstrap) -> tuple[list[Di
 
 
 def _compare_forecaster(
-    run: EvaluatedRun, other: EvaluatedRun, regime: str, forecaster: str, bootstrap: Bootstrap
+    run: EvaluatedRun, other: EvaluatedRun, regime: str, forecaster: str, bootstrap: Bootstrap, numbers: Mapping[int, int]
 ) -> Iterator[Difference]:
-    """Give the difference of every figure, in the order of the file; nothing of a figure that is the same in every clip."""
+    """Give the difference of every figure, in the order of the file; nothing of a figure that is the same in every clip.
+
+    numbers: of the episode that each row of the data set is of.
+    """
     clips, sides = shared_clips(run, other, regime, forecaster), (run.clips[regime][forecaster], other.clips[regime][forecaster])
     names = figure_names(sides)
     for name in (name for name in names if name.endswith("_count")):
@@ -129,12 +138,11 @@ def _compare_forecaster(
         if not known or torch.equal(ours, theirs):
             continue
         weights = torch.tensor([_weight(sides[0][clip], name) for clip in known], dtype=torch.float64)
-        low, high = paired_interval(ours, theirs, weights, bootstrap) if len(known) > 1 else (None, None)
+        episodes = [numbers[row] for row, _ in known]
+        low, high = paired_interval(ours, theirs, weights, bootstrap, episodes) or (None, None)
         value, changed = (float(divided((weights * side).sum(), weights.sum())) for side in (ours, theirs))
-        better, count = better_of(name), len(known)
-        yield Difference(
-            regime, forecaster, name, better, run.name, other.name, count, value, changed, changed - value, low, high
-        )
+        pair, counts = (run.name, other.name), (len(known), len(set(episodes)))
+        yield Difference(regime, forecaster, name, better_of(name), *pair, *counts, value, changed, changed - value, low, high)
 
 
 def better_of(figure: str) -> Better | None:
@@ -142,16 +150,21 @@ def better_of(figure: str) -> Better | None:
     return next((better for names, better in BETTER if names.fullmatch(figure)), None)
 
 
-def paired_interval(ours: Tensor, theirs: Tensor, weights: Tensor, bootstrap: Bootstrap) -> tuple[float, float]:
-    """Give the bounds of the difference theirs - ours of weighted means over clips (n,), whose clips are drawn anew together."""
+def paired_interval(
+    ours: Tensor, theirs: Tensor, weights: Tensor, bootstrap: Bootstrap, episodes: Sequence[int]
+) -> tuple[float, float] | None:
+    """Give the bounds of the difference theirs - ours of weighted means over clips (n,), whose episodes are drawn anew together.
+
+    episodes: that of each clip. None where there is but one.
+    """
     parts = torch.stack([weights * (theirs - ours), weights], dim=1)
 
     def difference(drawn: Tensor) -> Tensor:
         change, total = (drawn @ parts).unbind(1)
         return divided(change, total)
 
-    low, high = bootstrap.interval(len(ours), difference)
-    return float(low), float(high)
+    bounds = bootstrap.interval(episodes, difference)
+    return None if bounds is None else (float(bounds[0]), float(bounds[1]))
 
 
 def _weight(figures: Mapping[str, float], name: str) -> float:
@@ -166,8 +179,11 @@ def _notes(runs: Sequence[EvaluatedRun], found: Sequence[Difference], equal: Map
         f"{len(found) * (1 - LEVEL):.1f} would be told apart by chance"
     )
     notes = [chance if found else "every figure of every clip is the same in all runs"]
-    if dependent := _dependence(runs[0]):
-        notes.append(dependent)
+    # Where there is one clip, nobody expects an interval.
+    if counts := sorted({(row.episodes_count, row.clips_count) for row in found if row.clips_count > 1}):
+        notes += filter(None, [describe_episodes(*counts[0])])
+    if not any(run.episodes for run in runs):
+        notes.append("none of these evaluations says of which episode a clip is, so every row of the data set counts as one")
     if equal:
         notes.append(f"the same in every clip, and left out: {_listed(equal)}")
     parts = [{(regime, name) for regime in run.clips for name in run.clips[regime]} for run in runs]
@@ -181,14 +197,6 @@ def _listed(forecasters: Mapping[str, Sequence[str]]) -> str:
     return "; ".join(f"{', '.join(names)} ({regime})".replace("_", " ") for regime, names in forecasters.items())
 
 
-def _dependence(run: EvaluatedRun) -> str:
-    """Warn of clips of one video, and say nothing where there are none."""
-    clips: set[Clip] = {clip for names in run.clips.values() for forecast in names.values() for clip in forecast}
-    rows = len({row for row, _ in clips})
-    shared = f"{len(clips)} clips are of {rows} row{'s' * (rows != 1)} of the data set: clips of one row depend on each other"
-    return f"{shared}, so the intervals are too narrow" if rows < len(clips) else ""
-
-
 def _table(runs: Sequence[EvaluatedRun], found: Sequence[Difference]) -> tuple[list[str], list[list[Cell]]]:
     """Give header and rows of the one table."""
     is_pair = len(runs) == 2
@@ -199,8 +207,9 @@ def _table(runs: Sequence[EvaluatedRun], found: Sequence[Difference]) -> tuple[l
         place: list[Cell] = [row.regime.replace("_", " ") + who, row.figure.replace("_", " "), row.better]
         numbers: list[Cell] = [row.reference_value, row.other_value, row.difference]
         names: list[Cell] = [] if is_pair else [f"{row.reference}, {row.other}"]
-        rows.append([*place, *names, *numbers, row.difference_ci95_low, row.difference_ci95_high, row.clips_count, row.verdict])
-    return [*header, f"{LEVEL:.0%} from", "to", "clips", "verdict"], rows
+        rows.append([*place, *names, *numbers, row.difference_ci95_low, row.difference_ci95_high])
+        rows[-1] += [row.clips_count, row.episodes_count, row.verdict]
+    return [*header, f"{LEVEL:.0%} from", "to", "clips", "episodes", "verdict"], rows
 
 
 def _page(runs: Sequence[EvaluatedRun], found: Sequence[Difference], notes: Sequence[str], options: CompareOptions) -> Report:

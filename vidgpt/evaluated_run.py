@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,10 @@ from vidtok.page_parts import leaves
 
 CLIP_FILE = "by_clip.csv"
 PIXEL_CLIP_FILE, PIXELS = "pixels_by_clip.csv", "pixels"  # its rows name no regime
-KEYS = ("regime", "forecaster", "data_row", "first_latent_frame")
+EPISODE = "episode"
+KEYS = ("regime", "forecaster", "data_row", "first_latent_frame", EPISODE)
+# Parts of a protocol that one of two evaluations may lack: figures that only one of them has are not compared.
+PARTS = ("motion_estimator", "lpips", "vmaf", "distances.fvd")
 _PROTOCOL = "protocol"
 
 Clip = tuple[int, int]  # row of the data set, first latent frame
@@ -25,7 +29,7 @@ Figures = dict[str, float]
 class EvaluatedRun:
     """An evaluation: its folder, metrics.json, evaluation.json and the figures of every clip, by regime and forecaster.
 
-    A figure that is not known of a clip is not there.
+    A figure that is not known of a clip is not there. episodes: of every row of the data set; without those that were not written down.
     """
 
     name: str
@@ -33,6 +37,7 @@ class EvaluatedRun:
     metrics: Mapping[str, Any]
     record: Mapping[str, Any]
     clips: Mapping[str, Mapping[str, Mapping[Clip, Figures]]]
+    episodes: Mapping[int, str]
 
     def protocols(self) -> dict[str, dict[str, Any]]:
         """Give every protocol that metrics.json holds, by its place there; "" is that of the whole evaluation."""
@@ -53,22 +58,25 @@ def load_run(name: str, folder: str | Path) -> EvaluatedRun:
         missing = CLIP_FILE if isinstance(metrics.get(_PROTOCOL), dict) else "metrics.json with a protocol"
         raise ValueError(f"{folder} has no {missing}, which vidgpt-evaluate writes: run it again, and give its output folder")
     record = _read_json(folder / "evaluation.json")
-    clips = _read_clips(folder / CLIP_FILE)
+    episodes: dict[int, str] = {}
+    clips = _read_clips(folder / CLIP_FILE, episodes)
     if (folder / PIXEL_CLIP_FILE).is_file():
-        clips |= _read_clips(folder / PIXEL_CLIP_FILE, PIXELS)
-    return EvaluatedRun(name, folder, metrics, record, clips)
+        clips |= _read_clips(folder / PIXEL_CLIP_FILE, episodes, PIXELS)
+    return EvaluatedRun(name, folder, metrics, record, clips, episodes)
 
 
 def check_comparable(run: EvaluatedRun, other: EvaluatedRun) -> None:
     """Raise ValueError, in one sentence that names every field that differs with both its values, unless the protocols are the same.
 
-    A protocol that only one of them has is of a part that only one of them measured, which is not compared.
+    A protocol that only one of them has is of a part that only one of them measured, which is not compared; likewise one of PARTS.
     """
     first, second = run.protocols(), other.protocols()
     differing = []
     for place in (place for place in first if place in second):
         ours, theirs = first[place], second[place]
+        lacking = tuple(part for part in PARTS for side in (ours, theirs) if not _has(side, part))
         names = [name for name in dict.fromkeys([*ours, *theirs]) if ours.get(name) != theirs.get(name)]
+        names = [name for name in names if not any(_is_of(name, part) for part in lacking)]
         prefix = f"{place}." if place else ""
         differing += [f"{prefix}{name} ({_shown(ours, name)} and {_shown(theirs, name)})" for name in names]
     if differing:
@@ -88,6 +96,31 @@ def shared_clips(run: EvaluatedRun, other: EvaluatedRun, regime: str, forecaster
             "evaluate both with the same clips and rollout_clips"
         )
     return both
+
+
+def episode_numbers(run: EvaluatedRun, other: EvaluatedRun) -> dict[int, int]:
+    """Give the number of the episode that each row of the data set is of; a row of which neither run says it is one by itself.
+
+    Raises ValueError where they say different things.
+    """
+    known = {**run.episodes, **other.episodes}
+    if unlike := [row for row, episode in run.episodes.items() if known[row] != episode]:
+        raise ValueError(
+            f"{run.folder} has row {unlike[0]} of the data set from {run.episodes[unlike[0]]} and {other.folder} from "
+            f"{known[unlike[0]]}: evaluate both on the same tokens"
+        )
+    rows = {row for forecasts in run.clips.values() for clips in forecasts.values() for row, _ in clips}
+    names: list[str | int] = [known.get(row, row) for row in sorted(rows)]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return {row: numbers[name] for row, name in zip(sorted(rows), names, strict=True)}
+
+
+def _has(protocol: Mapping[str, Any], part: str) -> bool:
+    return any(_is_of(name, part) and value is not None for name, value in protocol.items())
+
+
+def _is_of(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
 
 
 def _shown(protocol: Mapping[str, Any], name: str) -> str:
@@ -115,11 +148,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _read_clips(path: Path, regime: str | None = None) -> dict[str, dict[str, dict[Clip, Figures]]]:
-    """Read a table of clips; regime: of all its rows, where they name none."""
+def _read_clips(path: Path, episodes: dict[int, str], regime: str | None = None) -> dict[str, dict[str, dict[Clip, Figures]]]:
+    """Read a table of clips, and into `episodes` what the rows of the data set are of; regime: of all its rows, where they name none."""
     found: dict[str, dict[str, dict[Clip, Figures]]] = {}
     try:
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no table of clips ({error}): evaluate again") from None
     for number, row in enumerate(rows, 2):
@@ -131,6 +164,8 @@ def _read_clips(path: Path, regime: str | None = None) -> dict[str, dict[str, di
         if clip in clips:
             raise ValueError(f"{path}, line {number}, tells of a clip a second time: evaluate again")
         clips[clip] = dict(_numbers(row))
+        if row.get(EPISODE):
+            episodes[clip[0]] = row[EPISODE]
     return found
 
 

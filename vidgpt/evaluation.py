@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -41,7 +41,8 @@ def evaluate_tokens(
     """Evaluate model(input_ids).logits (B, L, layout.num_logits), where logits at p predict p + 1, beside baselines of train_counts.
 
     train_counts: None leaves the unigram baselines out; a token then stays the same with the chance 1/2.
-    clips: batches of "indices" (B, t, h, w) and "actions" (B, t) or None, t > context, t may differ between batches.
+    clips: batches of "indices" (B, t, h, w) and "actions" (B, t) or None, t > context, t may differ between batches; "episodes" (B,) of
+    the clips, see ClipSums.add, may stand beside them.
     context: given frames of the free-running regime. generate(indices (B, context, h, w), future, actions (B, t) or None) gives
     indices (B, future, h, w); None leaves that regime out. force(indices, actions) does the temporally teacher-forced part, see
     vidgpt.regimes.temporally_forced; None leaves it out. setting: what else is known. batch_size: clips a forward pass, which
@@ -55,20 +56,14 @@ def evaluate_tokens(
     known = () if setting.law is None else (TRUE_LAW,)
     meters = {name: TokenMeter(grid, layout.num_digits, setting.pixels_per_frame) for name in ("model", *names, *known)}
     held: list[Batch] = []
-    done = 0
     with _evaluating(model):
-        for indices, actions in _small_batches(clips, context, batch_size):
-            scores = {"model": _score_model(model, layout, indices, actions)} | baselines.scores(indices)
-            if setting.law is not None:
-                scores[TRUE_LAW] = setting.law(indices)
-            for name, meter in meters.items():
-                meter.update(scores[name], changed_tokens(indices))
+        for piece in _small_batches(clips, context, batch_size):
+            _score(meters, model, layout, baselines, setting, piece)
             if generate is not None or force is not None:
-                held.append({"indices": indices, "actions": actions})
-            done += len(indices)
+                held.append(piece.batch())
             if progress is not None:
-                progress(done)
-    if not done:
+                progress(meters["model"].sums.clips)
+    if not (done := meters["model"].sums.clips):
         raise ValueError("got no clips; an evaluation needs at least one: check the split and the length of its clips")
     report = TokenReport(done, context, meters, setting=setting)
     if force is not None:
@@ -76,6 +71,22 @@ def evaluate_tokens(
     if generate is None:
         return report
     return replace(report, free_running=evaluate_rollouts(layout, held, context, generate, train_counts, batch_size=batch_size))
+
+
+def _score(
+    meters: Mapping[str, TokenMeter],
+    model: nn.Module,
+    layout: TokenLayout,
+    baselines: Baselines,
+    setting: Setting,
+    piece: _Piece,
+) -> None:
+    """Add a few clips to the teacher-forced meters: of the model, of each baseline and of the true law where it is known."""
+    scores = {"model": _score_model(model, layout, piece.indices, piece.actions)} | baselines.scores(piece.indices)
+    if setting.law is not None:
+        scores[TRUE_LAW] = setting.law(piece.indices)
+    for name, meter in meters.items():
+        meter.update(scores[name], changed_tokens(piece.indices), episodes=piece.episodes)
 
 
 @contextmanager
@@ -102,13 +113,13 @@ def add_forced(
     pixels = report.setting.pixels_per_frame
     meter = TokenMeter((layout.height, layout.width), layout.num_digits, pixels, has_generated=True)
     done, frames = 0, 0
-    for indices, actions in _small_batches(clips, 1, batch_size):
-        forced, real = force(indices, actions), indices.cpu()
+    for piece in _small_batches(clips, 1, batch_size):
+        forced, real = force(piece.indices, piece.actions), piece.indices.cpu()
         _check_numbers(forced.scores)
         made = forced.generated.cpu()
         own = {"hits": made == real[:, 1:], "changed": made != real[:, :-1]}
-        meter.update(forced.scores, changed_tokens(real), generated=own)
-        done, frames = done + len(indices), max(frames, indices.shape[1])
+        meter.update(forced.scores, changed_tokens(real), generated=own, episodes=piece.episodes)
+        done, frames = done + len(real), max(frames, real.shape[1])
         if progress is not None:
             progress(done)
     if done != report.clips:
@@ -133,16 +144,16 @@ def evaluate_rollouts(
     baselines, _ = make_baselines(layout, train_counts)
     names = [name for name in Baselines.rollout_names if train_counts is not None or not name.startswith("unigram")]
     meters, done = {name: RolloutMeter((layout.height, layout.width)) for name in ("model", *names)}, 0
-    for indices, actions in _small_batches(clips, context, batch_size):
-        last, real = indices[:, context - 1].cpu(), indices[:, context:].cpu()
-        meters["model"].update(_generate(generate, indices, actions, context), real, last)
+    for piece in _small_batches(clips, context, batch_size):
+        last, real = piece.indices[:, context - 1].cpu(), piece.indices[:, context:].cpu()
+        meters["model"].update(_generate(generate, piece.indices, piece.actions, context), real, last, piece.episodes)
         guesses = baselines.rollouts(last, real.shape[1])
         for name in names:
             if name in guesses:
-                meters[name].update(guesses[name], real, last)
+                meters[name].update(guesses[name], real, last, piece.episodes)
             else:
-                meters[name].update_uniform(layout.codebook_size, real, last)
-        done += len(indices)
+                meters[name].update_uniform(layout.codebook_size, real, last, piece.episodes)
+        done += len(real)
         if progress is not None:
             progress(done)
     return meters
@@ -160,10 +171,23 @@ def make_baselines(layout: TokenLayout, train_counts: TokenCounts | None) -> tup
     return Baselines(train_counts), names
 
 
-def _small_batches(clips: Iterable[Batch], context: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+@dataclass(frozen=True)
+class _Piece:
+    """A few clips."""
+
+    indices: Tensor  # (B, t, h, w)
+    actions: Tensor | None  # (B, t)
+    episodes: Tensor | None  # (B,)
+
+    def batch(self) -> Batch:
+        """Give them as they came."""
+        return {"indices": self.indices, "actions": self.actions, "episodes": self.episodes}
+
+
+def _small_batches(clips: Iterable[Batch], context: int, batch_size: int) -> Iterator[_Piece]:
     """Cut batches into pieces of at most batch_size clips; raises ValueError on clips that leave nothing to predict."""
     for batch in clips:
-        indices, actions = batch["indices"], batch.get("actions")
+        indices, others = batch["indices"], (batch.get("actions"), batch.get("episodes"))
         assert indices is not None
         if indices.shape[1] <= context:
             raise ValueError(
@@ -171,8 +195,9 @@ def _small_batches(clips: Iterable[Batch], context: int, batch_size: int) -> Ite
                 "lower context or take longer clips"
             )
         for start in range(0, len(indices), batch_size):
-            piece = slice(start, start + batch_size)
-            yield indices[piece], None if actions is None else actions[piece]
+            part = slice(start, start + batch_size)
+            actions, episodes = (None if values is None else values[part] for values in others)
+            yield _Piece(indices[part], actions, episodes)
 
 
 def _score_model(model: nn.Module, layout: TokenLayout, indices: Tensor, actions: Tensor | None) -> TokenScores:

@@ -12,7 +12,7 @@ class CompareOptions:
     """Keys of vidgpt-compare.
 
     runs: output folders of vidgpt-evaluate, of the same clips and protocol; every other one is compared with the first. resamples: of the
-    clips, for confidence intervals.
+    episodes that clips were cut from, for confidence intervals.
     """
 
     runs: list[str] = MISSING
@@ -24,7 +24,8 @@ class CompareOptions:
         """Refuse what cannot be compared."""
         check_at_least(self, resamples=1)
         if not 2 <= len(self.runs) <= 26:
-            raise ValueError(f"runs={list(self.runs)} has {len(self.runs)} folders: give 2 to 26, as runs=[runs/a,runs/b]")
+            folders = f"{len(self.runs)} folder{'s' * (len(self.runs) != 1)}"
+            raise ValueError(f"runs=[{','.join(self.runs)}] has {folders}: give 2 to 26, as runs=[A,B]")
 
 
 @dataclass(frozen=True)

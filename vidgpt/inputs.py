@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vidtok.card import Card
-from vidtok.video import iter_frames, probe, resize_frames, to_video
+from vidtok.video import iter_frames, probe, resize_frames, stretch_frames, to_video
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,16 @@ def _select(
 
     All at the card's size: at the input's, those of a large film would not fit into memory.
     """
-    size = (card.frame_height, card.frame_width)
+    size, fitted = (card.frame_height, card.frame_width), stretch_frames if card.is_stretched else resize_frames
     if start is not None:
         before = min(history, int(start * card.fps + 1e-6))
         shown = iter_frames(path, start=max(0.0, start - before / card.fps), fps=card.fps)
-        frames = [resize_frames(frame[None], size)[0] for frame in islice(shown, before + context + future)]
+        frames = [fitted(frame[None], size)[0] for frame in islice(shown, before + context + future)]
         return frames[:before], frames[before:], round(start * card.fps)
     newest: deque[np.ndarray] = deque(maxlen=context + history)
     seen = 0
     for frame in iter_frames(path, fps=card.fps):
-        newest.append(resize_frames(frame[None], size)[0])
+        newest.append(fitted(frame[None], size)[0])
         seen += 1
     before = max(0, len(newest) - context)
     return list(newest)[:before], list(newest)[before:], seen - len(newest) + before
@@ -84,7 +84,8 @@ def _note(info: object, card: Card, asked: int, given: int, first: int, repeated
     width, height, fps = (getattr(info, name) for name in ("width", "height", "fps"))
     done = []
     if (height, width) != (card.frame_height, card.frame_width):
-        done.append(f"scaled and centre-cropped from {height}x{width} to {card.frame_height}x{card.frame_width}")
+        how = "stretched" if card.is_stretched else "scaled and centre-cropped"
+        done.append(f"{how} from {height}x{width} to {card.frame_height}x{card.frame_width}")
     if abs(fps - card.fps) > 1e-3:
         done.append(f"resampled from {fps:g} to {card.fps:g} fps")
     used = f"context is frames {first}..{first + given - 1} ({first / card.fps:.2f} s to {(first + given - 1) / card.fps:.2f} s)"

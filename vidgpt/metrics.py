@@ -34,20 +34,29 @@ def divided(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(whole > 0, part / whole, math.nan)
 
 
-def make_rows(sums: Sums, figures: Callable[[Sums], Sums], bounded: Sequence[str], bootstrap: Bootstrap | None) -> list[Figures]:
-    """Turn sums of each clip (clips, n, ...) into n rows of figures, with the bounds of the `bounded` ones where there is a bootstrap."""
-    clips, count = next(iter(sums.values())).shape[:2]
+def make_rows(
+    sums: Sums,
+    figures: Callable[[Sums], Sums],
+    bounded: Sequence[str] = (),
+    bootstrap: Bootstrap | None = None,
+    episodes: Sequence[int] = (),
+) -> list[Figures]:
+    """Turn sums of each clip (clips, n, ...) into n rows of figures, with the bounds of the `bounded` ones where there is a bootstrap.
+
+    episodes: that of each clip, for the bootstrap.
+    """
+    count = next(iter(sums.values())).shape[1]
     # So many rows at a time that their resamples stay small.
     step = count if bootstrap is None else max(1, HELD_RESAMPLES // bootstrap.resamples)
     rows = []
     for start in range(0, count, max(1, step)):
         part = {name: values[:, start : start + step] for name, values in sums.items()}
         found = figures(weighted(part))
-        if bootstrap is not None and clips > 1:
-            kept = [name for name in bounded if name in found]
-            low, high = bootstrap.interval(clips, partial(_resampled, part, figures, kept))
-            for number, name in enumerate(kept):
-                found |= {name + LOW: low[number], name + HIGH: high[number]}
+        kept = [name for name in bounded if name in found]
+        bounds = None if bootstrap is None else bootstrap.interval(episodes, partial(_resampled, part, figures, kept))
+        if bounds is not None:
+            for name, low, high in zip(kept, *bounds, strict=True):
+                found |= {name + LOW: low, name + HIGH: high}
         rows += [
             {name: as_number(name, float(values[row])) for name, values in found.items()}
             for row in range(len(found["tokens_count"]))
@@ -72,7 +81,7 @@ def rows_by_clip(sums: Sums, figures: Callable[[Sums], Sums]) -> list[Figures]:
         found = figures(part) | {"changed_tokens_count": part["changed"]}
         return {name: found[name] for name in found if name not in ("perplexity_tokens", "cross_entropy_bits_per_token")}
 
-    return make_rows({name: values[None] for name, values in sums.items()}, of_clips, (), None)
+    return make_rows({name: values[None] for name, values in sums.items()}, of_clips)
 
 
 def as_number(name: str, value: float) -> float | int | None:
@@ -106,11 +115,17 @@ class TokenMeter:
         self.calibration = Calibration(grid)
 
     def update(
-        self, scores: TokenScores, changed: Tensor, first_frame: int = 1, generated: dict[str, Tensor] | None = None
+        self,
+        scores: TokenScores,
+        changed: Tensor,
+        first_frame: int = 1,
+        generated: dict[str, Tensor] | None = None,
+        episodes: Tensor | None = None,
     ) -> None:
         """Add scores of B clips; changed: bool (B, t, h, w), see changed_tokens; first_frame: the clip's frame they begin at.
 
         generated: where the model's own tokens are the real ones ("hits") and where they differ from the real frame before ("changed").
+        episodes: as of ClipSums.add.
         """
         moved, unknown = changed.cpu().double(), torch.full_like(scores.nats, math.nan)
         digits = scores.digits or (TokenScores(unknown, unknown, unknown, confidence=unknown),) * len(self.digits)
@@ -126,13 +141,13 @@ class TokenMeter:
             **{f"{name}_nats": digit.nats for name, digit in named},
             **{f"{name}_top1": digit.top1 for name, digit in named},
         }
-        self.sums.add(first_frame, values)
+        self.sums.add(first_frame, values, episodes)
         self.calibration.add(first_frame, scores.confidence, scores.top1)
 
     def summary(self, bootstrap: Bootstrap | None = None) -> Figures:
         """Give every figure under a key that names its unit; None where nothing was counted."""
         sums = self.sums.total() | self.calibration.total()
-        (row,) = make_rows({name: values[:, None] for name, values in sums.items()}, self.figures, self.bounded, bootstrap)
+        (row,) = self._rows({name: values[:, None] for name, values in sums.items()}, bootstrap)
         nats, bits = (row[f"cross_entropy_{unit}_per_token"] for unit in ("nats", "bits"))
         sizes = {"frame": 1} | ({"pixel": self.pixels_per_frame} if self.pixels_per_frame else {})
         for unit, value in (("nats", nats), ("bits", bits)):
@@ -142,13 +157,13 @@ class TokenMeter:
 
     def by_frame(self, bootstrap: Bootstrap | None = None) -> list[Figures]:
         """Give one row a frame index."""
-        rows = make_rows(self.sums.by_frame() | self.calibration.by_frame(), self.figures, self.bounded, bootstrap)
+        rows = self._rows(self.sums.by_frame() | self.calibration.by_frame(), bootstrap)
         return [{"frame_index": frame} | row for frame, row in enumerate(rows) if row["tokens_count"]]
 
     def by_position(self, bootstrap: Bootstrap | None = None) -> list[Figures]:
         """Give one row a place of the grid; the calibration error without bounds, which would need all bins of every clip and place."""
         bins = expected_calibration_error(*self.calibration.by_place().values())
-        rows = make_rows(self.sums.by_place(), self.figures, self.bounded, bootstrap)
+        rows = self._rows(self.sums.by_place(), bootstrap)
         places = [{"row": place // self.width, "column": place % self.width} for place in range(len(rows))]
         return [
             {**place, **row, CALIBRATION: as_number(CALIBRATION, float(error))}
@@ -158,6 +173,9 @@ class TokenMeter:
     def by_clip(self) -> list[Figures]:
         """Give one row a clip, in the order they came; no calibration error, which of a single clip is mostly chance."""
         return rows_by_clip(self.sums.total(), self.figures)
+
+    def _rows(self, sums: Sums, bootstrap: Bootstrap | None) -> list[Figures]:
+        return make_rows(sums, self.figures, self.bounded, bootstrap, self.sums.episodes)
 
     def figures(self, sums: Sums) -> Sums:
         """Turn sums (...) into figures (...), NaN where nothing was counted."""
@@ -191,7 +209,8 @@ def gap(meter: TokenMeter, law: TokenMeter, bootstrap: Bootstrap | None = None) 
     def figures(part: Sums) -> Sums:
         return {"tokens_count": part["tokens"], "gap_nats_per_token": divided(part["nats"], part["tokens"])}
 
-    (row,) = make_rows({name: values[:, None] for name, values in sums.items()}, figures, ["gap_nats_per_token"], bootstrap)
+    columns = {name: values[:, None] for name, values in sums.items()}
+    (row,) = make_rows(columns, figures, ["gap_nats_per_token"], bootstrap, meter.sums.episodes)
     return {name: value for name, value in row.items() if name != "tokens_count"}
 
 
@@ -207,18 +226,26 @@ class RolloutMeter:
         fields = ("tokens", "hits", "copy_hits", "changed", "changed_hits", "changed_generated", "bits_real", "bits_generated")
         self.sums, self.width = ClipSums(fields, grid), grid[1]
 
-    def update(self, generated: Tensor, real: Tensor, last: Tensor) -> None:
-        """Add generated and real frames (B, t, h, w) that follow the last given frame (B, h, w)."""
+    def update(self, generated: Tensor, real: Tensor, last: Tensor, episodes: Tensor | None = None) -> None:
+        """Add generated and real frames (B, t, h, w) that follow the last given frame (B, h, w); episodes: as of ClipSums.add."""
         first = rearrange(last, "B h w -> B 1 h w")
         changes = changed_tokens(torch.cat([first, generated], dim=1))
-        self._add(real, first, generated == real, changes, frame_surprise(generated))
+        self._add(real, first, generated == real, changes, frame_surprise(generated), episodes)
 
-    def update_uniform(self, codebook_size: int, real: Tensor, last: Tensor) -> None:
+    def update_uniform(self, codebook_size: int, real: Tensor, last: Tensor, episodes: Tensor | None = None) -> None:
         """Add frames of equally likely ids, of which nothing but expectations is needed; the entropy of a frame has none in closed form."""
         first, hits = rearrange(last, "B h w -> B 1 h w"), torch.full(real.shape, 1 / codebook_size, dtype=torch.float64)
-        self._add(real, first, hits, 1 - hits, torch.full_like(hits, math.nan))
+        self._add(real, first, hits, 1 - hits, torch.full_like(hits, math.nan), episodes)
 
-    def _add(self, real: Tensor, first: Tensor, hits: Tensor, changed_generated: Tensor, bits_generated: Tensor) -> None:
+    def _add(
+        self,
+        real: Tensor,
+        first: Tensor,
+        hits: Tensor,
+        changed_generated: Tensor,
+        bits_generated: Tensor,
+        episodes: Tensor | None,
+    ) -> None:
         changed = changed_tokens(torch.cat([first, real], dim=1))
         values = {
             "tokens": torch.ones_like(real),
@@ -230,27 +257,30 @@ class RolloutMeter:
             "bits_real": frame_surprise(real),
             "bits_generated": bits_generated,
         }
-        self.sums.add(0, values)
+        self.sums.add(0, values, episodes)
 
     def summary(self, bootstrap: Bootstrap | None = None) -> Figures:
         """Give every figure under a key that names its unit; None where nothing was counted."""
         sums = {name: values[:, None] for name, values in self.sums.total().items()}
-        return make_rows(sums, self._figures, self.bounded, bootstrap)[0]
+        return self._rows(sums, bootstrap)[0]
 
     def by_frame(self, bootstrap: Bootstrap | None = None) -> list[Figures]:
         """Give one row a horizon."""
-        rows = make_rows(self.sums.by_frame(), self._figures, self.bounded, bootstrap)
+        rows = self._rows(self.sums.by_frame(), bootstrap)
         return [{"horizon_frames": k + 1} | row for k, row in enumerate(rows) if row["tokens_count"]]
 
     def by_position(self, bootstrap: Bootstrap | None = None) -> list[Figures]:
         """Give one row a place of the grid; no entropy, which is of frames."""
-        rows = make_rows(self.sums.by_place(), self._figures, self.bounded, bootstrap)
+        rows = self._rows(self.sums.by_place(), bootstrap)
         kept = [{name: value for name, value in row.items() if not name.startswith("frame_entropy")} for row in rows]
         return [{"row": place // self.width, "column": place % self.width} | row for place, row in enumerate(kept)]
 
     def by_clip(self) -> list[Figures]:
         """Give one row a clip, in the order they came."""
         return rows_by_clip(self.sums.total(), self._figures)
+
+    def _rows(self, sums: Sums, bootstrap: Bootstrap | None) -> list[Figures]:
+        return make_rows(sums, self._figures, self.bounded, bootstrap, self.sums.episodes)
 
     @staticmethod
     def _figures(sums: Sums) -> Sums:

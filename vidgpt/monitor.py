@@ -14,6 +14,7 @@ STEADY, FROZEN, BOILING = "steady", "frozen", "boiling"
 # where the odds of a change are so many times larger; odds, because a share ends at 1: beside 5 %, above 17.4 %, beside 60 %, above 86 %.
 FACTOR = 4.0
 STANDARD_ERRORS = 2.0  # so much more than the factor must it be, or chance would warn of few tokens
+RECOVERY = 3  # horizons in a row; one or two that are better may be chance
 _MEANING = {FROZEN: "they change far less than real ones", BOILING: "they change far more than real ones"}
 
 
@@ -24,7 +25,8 @@ class Monitor:
     states: list[str]  # of each horizon, 1 first
     state: str  # of the second half of the horizons together, which is where rollouts go wrong
     odds_ratio: float  # there: odds that a predicted token changes, over those of a real one
-    first_horizon: int | None  # from which on every horizon is in that state; None where it is steady
+    first_horizon: int | None  # where the last stretch in that state begins, see `watch`; None where it is steady
+    last_horizon: int | None  # where it ends; None where it lasts to the end, or there is none
     real_fraction: float  # of tokens that change, in the second half
     generated_fraction: float
     real_entropy_bits: float  # of the ids of a frame, in the second half
@@ -35,6 +37,7 @@ class Monitor:
         return {
             "state": self.state,
             "first_horizon_frames": self.first_horizon,
+            "last_horizon_frames": self.last_horizon,
             "change_odds_ratio": self.odds_ratio,
             "changed_tokens_real_fraction": self.real_fraction,
             "changed_tokens_generated_fraction": self.generated_fraction,
@@ -49,15 +52,20 @@ class Monitor:
         """Say what is wrong with the rollouts, in one sentence; None where nothing is."""
         if self.state == STEADY:
             return None
+        where = f"from horizon {self.first_horizon} {'on' if self.last_horizon is None else f'to {self.last_horizon}'}"
         return (
-            f"rollouts are {self.state} from horizon {self.first_horizon} on: {_MEANING[self.state]}, {self.generated_fraction:.1%} of "
-            f"the tokens a frame beside {self.real_fraction:.1%} (entropy of a frame's ids {self.generated_entropy_bits:.2f} bits "
-            f"beside {self.real_entropy_bits:.2f})"
+            f"rollouts are {self.state} {where}: {_MEANING[self.state]}, {self.generated_fraction:.1%} of the tokens a frame beside "
+            f"{self.real_fraction:.1%} (entropy of a frame's ids {self.generated_entropy_bits:.2f} bits beside "
+            f"{self.real_entropy_bits:.2f})"
         )
 
 
 def watch(meter: RolloutMeter) -> Monitor:
-    """Judge rollouts by their second half, and name the horizon where that began. Raises ValueError where none were measured."""
+    """Judge rollouts by their second half, and name the horizons where they are so. Raises ValueError where none were measured.
+
+    These are the last stretch of horizons in that state: it begins and ends in it, and lasts until RECOVERY horizons in a row are not.
+    Where no horizon of the second half has by itself enough tokens to tell, that half is taken for one stretch.
+    """
     rows = meter.by_frame()
     if not rows:
         raise ValueError("got no rollouts to watch: give at least one clip")
@@ -65,13 +73,25 @@ def watch(meter: RolloutMeter) -> Monitor:
     half = rows[len(rows) // 2 :]
     tokens, real, generated = _counts(half)
     state = _state(tokens, real, generated)
-    first = None
-    if state != STEADY:
-        others = [horizon for horizon, name in enumerate(states, 1) if name != state]
-        first = min(max(others, default=0), len(rows) // 2) + 1
+    first, last = (None, None) if state == STEADY else _last_stretch(states, state)
     bits = [sum(_number(row, f"frame_entropy_{name}_bits") for row in half) / len(half) for name in ("real", "generated")]
     ratio = math.exp(_log_odds_ratio(generated, real, tokens)[0])
-    return Monitor(states, state, ratio, first, real / tokens, generated / tokens, *bits)
+    return Monitor(states, state, ratio, first, last, real / tokens, generated / tokens, *bits)
+
+
+def _last_stretch(states: Sequence[str], state: str) -> tuple[int, int | None]:
+    """Give the first and the last horizon of the last stretch in a state, None for the last where it lasts to the end."""
+    half, inside = len(states) // 2, [horizon for horizon, name in enumerate(states, 1) if name == state]
+    is_told = bool(inside) and inside[-1] > half
+    if not is_told:
+        inside.append(half + 1)
+    first = inside[-1]
+    for horizon in reversed(inside):
+        if first - horizon > RECOVERY:
+            break
+        first = horizon
+    has_recovered = is_told and len(states) - inside[-1] >= RECOVERY
+    return first, inside[-1] if has_recovered else None
 
 
 def _counts(rows: Sequence[Figures]) -> tuple[float, float, float]:

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from vidtok.options import EncodeOptions, TrainTokenizerOptions, check_at_least, check_precision
-from vidtok.run_options import RunOptions
+from vidtok.run_options import RunOptions, check_trackers
 
 
 def check_share(name: str, value: float) -> None:
@@ -58,6 +58,7 @@ class TrainGPTOptions(RunOptions):
     def __post_init__(self) -> None:
         """Refuse what no training can have."""
         check_at_least(self, evaluation_clips=1)
+        check_trackers(self.trackers)
         if self.train_only not in (None, "draft_head"):
             raise ValueError(
                 f"train_only={self.train_only} is not known: give draft_head, or null to train the whole transformer"
@@ -186,9 +187,10 @@ class EvaluateOptions:
 
     clips: windows of the split, spread evenly. temporally_forced: also let the model draw each of their frames from the real ones before
     it. context: latent frames given to the free-running part. rollout_clips: clips it predicts, 0 leaves that part out. resamples: of
-    the clips, for confidence intervals.
+    the episodes that clips were cut from, for confidence intervals.
     pixels: also decode the free-running part and compare frames, with those of data= (the keys of vidtok-encode) or, without it, with the
-    tokenizer's reconstruction. samples: futures a clip, of which the mean and the best are told apart. vmaf: needs the extra of that name.
+    tokenizer's reconstruction. samples: futures a clip, of which the mean and the best are told apart. optical_flow: false leaves
+    out motion, warping error and interpolation along the flow, the slow ones. vmaf: needs the extra of that name.
     lpips_weights, lpips_heads, lpips_sha256: as loss.lpips_* of vidtok-train. fvd_detector: TorchScript file of a video network, with
     fvd_sha256, 8 digits or more; it runs what is in the file. shown_clips: in the report, the worst and the best.
     allow_torchscript: may the checkpoint's tokenizer run its code, where it is TorchScript?
@@ -208,6 +210,7 @@ class EvaluateOptions:
     sampling: SamplingKeys = field(default_factory=lambda: SamplingKeys(temperature=0.0))
     pixels: bool = False
     samples: int = 1
+    optical_flow: bool = True
     vmaf: bool = False
     lpips_weights: str | None = None
     lpips_heads: str | None = None
@@ -228,6 +231,7 @@ class EvaluateOptions:
             )
         names = ("vmaf", "lpips_weights", "fvd_detector", "data", "allow_torchscript")
         needing = [f"{name}=" for name in names if getattr(self, name)] + ["samples="] * (self.samples > 1)
+        needing += ["optical_flow="] * (not self.optical_flow)
         if needing and not self.pixels:
             raise ValueError(f"{needing[0]} is for the comparison of frames: give pixels=true too, or leave it away")
         if self.pixels and not self.rollout_clips:

@@ -57,12 +57,14 @@ def write_evaluation_report(
     pixels=true; fps: of the clips.
     """
     forced = tokens.teacher_forced["model"].summary()
-    warning = tokens.monitor.warning() if tokens.monitor is not None else None
+    warning, note = tokens.monitor.warning() if tokens.monitor is not None else None, tokens.interval_note()
     summary = (
-        f"{tokens.clips} clips, teacher-forced: {forced['cross_entropy_nats_per_token']:.3f} nats a token, "
+        f"{tokens.clips} clips of {tokens.teacher_forced['model'].sums.num_episodes} episodes, teacher-forced: "
+        f"{forced['cross_entropy_nats_per_token']:.3f} nats a token, "
         f"top-1 accuracy {forced['top1_accuracy_fraction']:.3f}"
         + (f"; {left_out}." if left_out else ".")
         + (f" Warning: {warning}." if warning else "")
+        + (f" {note[0].upper()}{note[1:]}." if note else "")
     )
     figures, tables = token_figures(tokens, folder), token_tables(tokens)
     if pixels is not None:
@@ -130,6 +132,7 @@ def headline(tokens: TokenReport) -> list[str]:
         *lines,
         *_gap_lines(tokens),
         *([tokens.monitor.warning() or ""] if tokens.monitor and tokens.monitor.warning() else []),
+        *([tokens.interval_note()] if tokens.interval_note() else []),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,13 +12,13 @@ from rich.progress import Progress
 from torch import Tensor
 
 from vidgpt.clip_frames import RECONSTRUCTION, ClipFrames
-from vidgpt.clip_sums import Bootstrap
+from vidgpt.clip_sums import Bootstrap, ClipPlace
 from vidgpt.options import EvaluateOptions
 from vidgpt.pixel_report import CEILING, MODEL, PixelReport, join_samples
 from vidgpt.rollout import Predictor
 from vidtok.perceptual import Lpips, load_lpips
 from vidtok.tokens import TokenDataset
-from vidtok.video_metrics.detectors import Detector, FrechetMeter, RandomConvDetector, TorchScriptDetector
+from vidtok.video_metrics.detectors import Detector, FrechetMeter, RandomConvDetector, TorchScriptDetector, try_detector
 from vidtok.video_metrics.predictors import baseline_rows
 from vidtok.video_metrics.table import FLOOR, PixelTable
 from vidtok.video_metrics.vmaf import MODEL as VMAF_MODEL
@@ -39,15 +40,16 @@ class PixelTools:
                     f"LPIPS of {self.lpips.name} needs frames of {least}x{least} pixels or more, these are {height}x{width}: leave "
                     "lpips_weights away"
                 )
+            _try_lpips(self.lpips, height, width)
         self.fvd: TorchScriptDetector | None = None
         if options.fvd_detector is not None:
             self.fvd = TorchScriptDetector(options.fvd_detector, options.fvd_sha256 or "")
-        self.is_vmaf = options.vmaf
+        self.is_vmaf, self.is_flow = options.vmaf, options.optical_flow
         if self.is_vmaf:
             check_vmaf(height, width)
 
     def distances(self, frames: int, fps: float) -> list[FrechetMeter]:
-        """Give the meters of futures of so many frames. Raises ValueError where the detector that was asked for needs more."""
+        """Give the meters of futures of so many frames. Raises ValueError where the detector that was asked for needs longer ones."""
         if self.fvd is not None and frames < self.fvd.least_frames:
             raise ValueError(
                 f"futures have {frames} frames, {self.fvd.name} needs {self.fvd.least_frames}: lower context, or leave fvd_detector away"
@@ -58,6 +60,36 @@ class PixelTools:
             *([self.fvd] if self.fvd is not None else []),
         ]
         return [FrechetMeter(detector, fps, is_context_included=False) for detector in detectors]
+
+    def check(self, frames: int, clips: int) -> None:
+        """Run the detectors on two clips of so many frames, and say where there are no more clips than features.
+
+        Raises ValueError where one fails, and where there are too few clips for any distance.
+        """
+        meters = self.distances(frames, 0.0)
+        if self.fvd is not None and clips < 2:
+            raise ValueError(
+                f"fvd_detector compares 2 clips or more, and there is {clips}: give rollout_clips=2 or more, which the split must have, or "
+                "leave fvd_detector away"
+            )
+        features = {meter.detector.figure: try_detector(meter.detector, frames) for meter in meters}
+        few = [f"{figure} ({count} features)" for figure, count in features.items() if clips <= count]
+        if few and clips > 1:
+            print(
+                f"{' and '.join(few)} of {clips} clips: a covariance of no more clips than features is singular, so the figure is biased "
+                "upwards and comparable only at the same numbers of clips, which its protocol card names",
+                flush=True,
+            )
+
+
+def _try_lpips(lpips: Lpips, height: int, width: int) -> None:
+    """Raise ValueError unless two images of noise have a distance."""
+    noise = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = float(lpips(noise[:1], noise[1:]))
+    if not 0 < found < math.inf:
+        raise ValueError(
+            f"LPIPS of lpips_weights finds {found} between two images of noise: its files are damaged, get them again or leave them away"
+        )
 
 
 def evaluate_futures(
@@ -70,7 +102,7 @@ def evaluate_futures(
 ) -> PixelReport:
     """Decode the futures (N, clips, t, h, w) of the windows `places` and compare them. progress: called with the clips done so far."""
     future = futures.shape[2] * frames.card.stride_t
-    table, distances = PixelTable(tools.lpips, tools.is_vmaf), tools.distances(future, frames.card.fps)
+    table, distances = PixelTable(tools.lpips, tools.is_vmaf, tools.is_flow), tools.distances(future, frames.card.fps)
     for first in range(0, len(places), CLIPS_AT_ONCE):
         chosen = range(first, min(first + CLIPS_AT_ONCE, len(places)))
         parts = [_forecasts(frames, places[clip], futures[:, clip], options.context) for clip in chosen]
@@ -91,9 +123,8 @@ def evaluate_futures(
         if progress is not None:
             progress(chosen.stop)
     protocol = _protocol(frames, len(places), futures, options, tools)
-    return PixelReport(
-        table, distances, protocol, Bootstrap(options.resamples, options.seed), [frames.clips.place(at) for at in places]
-    )
+    cut_from = [ClipPlace.of(frames.clips, at) for at in places]
+    return PixelReport(table, distances, protocol, Bootstrap(options.resamples, options.seed), cut_from)
 
 
 def show_futures(
@@ -155,7 +186,7 @@ def _protocol(frames: ClipFrames, clips: int, futures: Tensor, options: Evaluate
         "frame_width_pixels": card.frame_width,
         "past_latent_frames_before_decoded_clips_count": frames.past,
         "colours": "RGB in [0, 1], not rounded, decoded from tokens and never from a video file",
-        "motion_estimator": "lucas_kanade, of all clips",
+        "motion_estimator": "lucas_kanade, of all clips" if tools.is_flow else None,
         "clips_ranked_by": "psnr_db of the model, mean over future frames",
         "sampling": asdict(options.sampling),
         "seed": options.seed,
@@ -163,9 +194,13 @@ def _protocol(frames: ClipFrames, clips: int, futures: Tensor, options: Evaluate
         "reference_tokenizer_fingerprint": frames.predictor.tokenizer.fingerprint()
         if frames.reference == RECONSTRUCTION
         else None,
-        "lpips": None if tools.lpips is None else {"network": tools.lpips.name, "weights_sha256": tools.lpips.checksum},
+        "lpips": None if tools.lpips is None else _lpips_card(tools.lpips),
         "vmaf": VMAF_MODEL if tools.is_vmaf else None,
     }
+
+
+def _lpips_card(lpips: Lpips) -> dict[str, str]:
+    return {"network": lpips.name, "weights_sha256": lpips.checksum, "heads_sha256": lpips.heads_checksum}
 
 
 @dataclass(frozen=True)
@@ -188,7 +223,7 @@ class PixelStage:
         card = clips.card
         self.options, self.places = options, places
         self.tools = PixelTools(options, card.frame_height, card.frame_width)
-        self.tools.distances((clips.window - options.context) * card.stride_t, card.fps)
+        self.tools.check((clips.window - options.context) * card.stride_t, len(places))
         self.frames = ClipFrames(clips, predictor, options.data)
 
     def measure(self, futures: Tensor) -> PixelReport:

@@ -98,13 +98,19 @@ def pixel_figures(pixels: PixelReport, folder: Path) -> list[Figure]:
 def pixel_tables(pixels: PixelReport) -> list[Table]:
     """Give fidelity and motion of every row, a column a figure; of several samples their mean and their best."""
     against = "what the tokenizer makes of the real tokens" if _is_reconstruction(pixels) else "the source frames"
-    mean = "each future frame, then the mean over clips, with 95 % intervals"
+    episodes = len(set(pixels.episodes))
+    intervals = f"with 95 % intervals over {episodes} episodes" if episodes > 1 else "of one episode, and so without intervals"
+    mean = f"each future frame, then the mean over clips, {intervals}"
+    left_out = "" if pixels.table.is_flow else "; what needs optical flow is left out (optical_flow=false)"
     tables = [
         _table(
             f"Pixels: predicted frames against {against}; {mean}", pixels, FIDELITY, [row for row in pixels.rows if row != REAL]
         ),
         _table(
-            "Pixels: motion and what changes with the horizon; good is what is like the real clips", pixels, MOTION, pixels.rows
+            f"Pixels: motion and what changes with the horizon; good is what is like the real clips{left_out}",
+            pixels,
+            MOTION,
+            pixels.rows,
         ),
     ]
     names = [f"{meter.detector.figure}_distance" for meter in pixels.distances]

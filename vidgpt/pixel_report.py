@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vidgpt.clip_sums import Bootstrap
+from vidgpt.clip_sums import Bootstrap, ClipPlace, number_episodes
 from vidgpt.metrics import HIGH, LOW
 from vidtok.video_metrics.detectors import FrechetMeter
 from vidtok.video_metrics.table import REAL, PixelTable
@@ -29,7 +29,12 @@ class PixelReport:
     distances: Sequence[FrechetMeter]
     protocol: dict[str, Any]  # what two evaluations must share
     bootstrap: Bootstrap
-    places: Sequence[tuple[int, int]]  # of each clip: row of the token dataset, first latent frame
+    places: Sequence[ClipPlace]  # of each clip
+
+    @cached_property
+    def episodes(self) -> list[int]:
+        """Give the number of the episode that each clip was cut from."""
+        return number_episodes(self.places)
 
     @cached_property
     def rows(self) -> list[str]:
@@ -56,9 +61,12 @@ class PixelReport:
     def by_horizon(self) -> list[Row]:
         """Give one row for each forecaster and horizon, 1 being the first predicted frame."""
         rows = []
-        for name, curves in self.table.by_horizon().items():
+        table = self.table.by_horizon()
+        # Of one future frame and without optical flow nothing is known of the real clips.
+        frames = max(len(curve) for curves in table.values() for curve in curves.values())
+        for name, curves in table.items():
             bounds = self._bounds(self.table.by_clip(name))
-            for horizon in range(len(next(iter(curves.values())))):
+            for horizon in range(frames):
                 row: Row = {"forecaster": name, "horizon_frames": horizon + 1}
                 for figure, curve in curves.items():
                     row |= _with_bounds(figure, curve[horizon], bounds, horizon)
@@ -70,14 +78,15 @@ class PixelReport:
         rows = []
         for name in self.rows:
             means = {figure: values.nanmean(dim=-1).tolist() for figure, values in self.table.by_clip(name).items()}
-            for clip, (row, first) in enumerate(self.places):
+            for clip, place in enumerate(self.places):
                 figures = {figure: _known(values[clip]) for figure, values in means.items()}
-                rows.append({"forecaster": name, "data_row": row, "first_latent_frame": first} | figures)
+                rows.append({"forecaster": name} | place.columns() | figures)
         return rows
 
     def metrics(self) -> dict[str, Any]:
         """Give what metrics.json says under "pixels"."""
-        return {"protocol": self.protocol | {"distances": self._cards()}} | self.summary
+        about = {"protocol": self.protocol | {"distances": self._cards()}, "episodes_count": len(set(self.episodes))}
+        return about | self.summary
 
     def worst_first(self) -> list[int]:
         """Give the numbers of the clips in order of RANKED_BY of the model, mean over samples and future frames."""
@@ -88,17 +97,19 @@ class PixelReport:
         return float(self.table.values(row, RANKED_BY)[:, clip].mean(dim=0).nanmean())
 
     def _bounds(self, figures: dict[str, Tensor]) -> dict[str, tuple[list[float], list[float]]]:
-        """Give the bounds of the mean over clips of figures (clips, n), NaN where one is not defined; none of a single clip."""
-        stacked = torch.stack(list(figures.values()), dim=1)
-        if len(stacked) < 2:
+        """Give the bounds of the mean over clips of figures (clips, n), NaN where one is not defined; none of a single episode."""
+        if not figures:
             return {}
+        stacked = torch.stack(list(figures.values()), dim=1)
         known, filled = (~stacked.isnan()).double(), stacked.nan_to_num(0.0)
 
         def means(weights: Tensor) -> Tensor:
             return torch.tensordot(weights, filled, dims=1) / torch.tensordot(weights, known, dims=1)
 
-        low, high = self.bootstrap.interval(len(stacked), means)
-        return {name: (low[number].tolist(), high[number].tolist()) for number, name in enumerate(figures)}
+        bounds = self.bootstrap.interval(self.episodes, means)
+        if bounds is None:
+            return {}
+        return {name: (low.tolist(), high.tolist()) for name, low, high in zip(figures, *bounds, strict=True)}
 
     def _distances(self, row: str) -> Row:
         """Give each Fréchet distance of a row; None with the reason where it cannot be told."""

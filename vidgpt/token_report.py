@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vidgpt.clip_sums import Bootstrap
+from vidgpt.clip_sums import Bootstrap, ClipPlace, describe_episodes
 from vidgpt.metrics import HIGH, LOW, Figures, RolloutMeter, TokenMeter, gap
 from vidgpt.monitor import Monitor, watch
 from vidgpt.scores import TokenScores
@@ -50,6 +50,16 @@ class TokenReport:
         """Tell whether the model's rollouts move as the world does; None without that regime."""
         return watch(self.free_running["model"]) if self.free_running else None
 
+    def interval_note(self) -> str:
+        """Warn of intervals over few episodes, in one line; nothing where there are enough."""
+        first, *others = [meters["model"].sums for meters in (self.teacher_forced, self.free_running) if meters]
+        rolled = [
+            f"free-running, {describe_episodes(sums.num_episodes, sums.clips)}"
+            for sums in others
+            if sums.num_episodes < first.num_episodes
+        ]
+        return "; ".join(note for note in (describe_episodes(first.num_episodes, first.clips), *rolled) if note)
+
     def gaps(self) -> dict[str, Figures]:
         """Give by how many nats a token each teacher-forced forecaster lies above a perfect one; empty where that is not known."""
         meters, bootstrap, entropy = self.teacher_forced, self.setting.bootstrap, self.setting.entropy_nats_per_token
@@ -69,14 +79,17 @@ class TokenReport:
         """Give the contents of metrics.json: regime, then who predicts, then figures named with their units."""
         bootstrap, gaps = self.setting.bootstrap, self.gaps()
         forced = {name: meter.summary(bootstrap) | gaps.get(name, {}) for name, meter in self.teacher_forced.items()}
-        figures: dict[str, Any] = {"clips_count": self.clips, "bootstrap": bootstrap.describe(), "teacher_forced": forced}
+        counts = {"clips_count": self.clips, "episodes_count": self.teacher_forced["model"].sums.num_episodes}
+        figures: dict[str, Any] = {**counts, "bootstrap": bootstrap.describe(), "teacher_forced": forced}
         if self.temporally_teacher_forced:
             temporally = {name: meter.summary(bootstrap) for name, meter in self.temporally_teacher_forced.items()}
             figures["temporally_teacher_forced"] = temporally
         if self.challenge is not None:
             figures["world_model_challenge_1x"] = self.challenge
         if self.monitor is not None:
-            given = {"context_frames_count": self.context, "clips_count": self.free_running["model"].sums.clips}
+            rolled = self.free_running["model"].sums
+            counts = {"clips_count": rolled.clips, "episodes_count": rolled.num_episodes}
+            given = {"context_frames_count": self.context, **counts}
             rollouts = {name: meter.summary(bootstrap) for name, meter in self.free_running.items()}
             figures["free_running"] = given | rollouts | {"monitor": self.monitor.figures()}
         return figures
@@ -105,17 +118,15 @@ class TokenReport:
         rollouts = {name: meter.by_position(bootstrap) for name, meter in self.free_running.items()}
         return rows + _tagged(rollouts, "free_running")
 
-    def by_clip(self, forced: Sequence[tuple[int, int]], rolled: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    def by_clip(self, forced: Sequence[ClipPlace], rolled: Sequence[ClipPlace]) -> list[dict[str, Any]]:
         """Give one row for each regime, forecaster and clip, for paired comparison of evaluations.
 
-        forced, rolled: where the clips of the forced regimes and of the free-running one lie (see vidtok.tokens.TokenDataset.place).
+        forced, rolled: where the clips of the forced regimes and of the free-running one lie.
         """
         meters: dict[str, Mapping[str, TokenMeter | RolloutMeter]] = {**self._forced(), "free_running": self.free_running}
         rows = []
         for regime, forecasters in meters.items():
-            places = [
-                {"data_row": row, "first_latent_frame": first} for row, first in (rolled if regime == "free_running" else forced)
-            ]
+            places = [place.columns() for place in (rolled if regime == "free_running" else forced)]
             for name, meter in forecasters.items():
                 pairs = zip(places, meter.by_clip(), strict=True)
                 rows += [{"regime": regime, "forecaster": name} | place | row for place, row in pairs]

@@ -22,6 +22,7 @@ from vidgpt.loss import place_cross_entropy
 from vidgpt.metrics import Baselines, TokenMeter, changed_tokens
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.options import TrainGPTOptions
+from vidgpt.training_pictures import drawing, load_decoder
 from vidtok.card import Card
 from vidtok.folders import copy_folder, save_model
 from vidtok.run.sampler import spread
@@ -43,6 +44,7 @@ def train_gpt(options: TrainGPTOptions, model: Mapping[str, Any], config: Mappin
         model_config, layout = gpt.config, gpt.model.layout
         clips = TokenDataset(options.tokens, "train", model_config.window)
         held_out = _held_out(runner, options, model_config)
+        decoder = None if held_out is None or runner.is_finished else load_decoder(options.tokens, runner.device)
         network, optimizer = runner.prepare(gpt, build_optimizer(gpt, options))
         if not runner.is_finished:
             _report(runner, network, optimizer, layout, model_config, options, clips, held_out)
@@ -65,7 +67,12 @@ def train_gpt(options: TrainGPTOptions, model: Mapping[str, Any], config: Mappin
             return found.loss + found.draft_loss, {"loss": found.loss, "draft_loss": found.draft_loss}
 
         def evaluate() -> dict[str, float]:
-            return evaluate_gpt(runner, runner.unwrap(network), layout, held_out, options)
+            figures = evaluate_gpt(runner, gpt, layout, held_out, options)
+            if decoder is not None and held_out is not None:
+                clip = next(iter(runner.evaluation_batches(held_out, 1)))
+                actions = clip["actions"] if options.use_actions else None
+                runner.show("samples/real_over_likeliest", drawing(decoder, gpt, layout, card, clip["indices"], actions))
+            return figures
 
         def save(folder: Path) -> None:
             save_model(runner.unwrap(network), folder)

@@ -25,6 +25,7 @@ _MADE_BY = (
     "fps",
     "frame_height",
     "frame_width",
+    "is_stretched",
     "num_actions",
 )
 _MADE_OF = ("data_name", "manifest_hash", "clip_frames", "clip_hop", "precision")
@@ -38,6 +39,7 @@ _LATER: dict[str, Any] = {
     "first_frames": 1,
     "codebook_factors": [],
     "precision": "fp32",
+    "is_stretched": False,
 }
 
 
@@ -48,7 +50,8 @@ class Card:
     encoder_fingerprint: of encoder and codebook alone, which a tuned decoder leaves as it is; "" in cards that did not record it yet.
     codebook_size: number of ids; codebook_factors: sizes of the codebooks whose digits make an id, [] is read as one codebook.
     first_frames: pixel frames that a row's first latent frame stands for; every later one stands for stride_t.
-    frame_height, frame_width: of the frames that came; the grid covers them and may exceed them.
+    frame_height, frame_width: of the frames that came; the grid covers them and may exceed them. is_stretched: videos of another shape
+    were scaled to that size without keeping the aspect; false covered it and cropped the middle.
     num_actions: 0 where no actions are recorded. clip_frames, clip_hop: pixel frames of a row, and from one row's start to the next;
     0 in cards that did not record them yet. precision: fp32 or bf16, which the tokenizer computed in.
     splits: rows of each split; rows, frames (pixel frames) and splits count only once complete is true.
@@ -72,6 +75,7 @@ class Card:
     encoder_fingerprint: str = ""
     codebook_factors: list[int] = field(default_factory=list)
     precision: str = "fp32"
+    is_stretched: bool = False
     complete: bool = False
     rows: int = 0
     frames: int = 0

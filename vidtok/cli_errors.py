@@ -36,8 +36,8 @@ def explain(error: BaseException, example: str, keys: Mapping[str, str]) -> str:
         return f"{must[1]} must be given, one of {', '.join(options)}, for example: {example}"
     if nowhere := re.match(r"Could not override '(.+?)'", str(error)):
         return f"{nowhere[1]}: unknown key, this command has no such group of presets, see --help"
-    if ambiguous := re.match(r"Ambiguous value for argument '(.+)'$", str(error), re.MULTILINE):
-        return f"{ambiguous[1]}: a list is written [1,2], and a text with a comma needs quotes"
+    if ambiguous := re.match(r"Ambiguous value for argument '((.+?)=(.+))'$", str(error), re.MULTILINE):
+        return f"{ambiguous[1]}: a list is written {ambiguous[2]}=[{ambiguous[3]}], and a text with a comma needs quotes"
     if type(error).__module__ == "huggingface_hub.errors" and error.__cause__ is not None:
         error = error.__cause__
     return re.sub(r"\s*\n\s*", " ", str(error).strip()) or type(error).__name__
@@ -73,9 +73,12 @@ def _typed(value: Any) -> str:
 
 
 def _example_list(error: OmegaConfBaseException) -> str:
-    """Give the numbers that were typed as a list of two or more, else the list that was there."""
-    numbers: list[str] = re.findall(r"\d+(?:\.\d+)?", _typed(error.value))
+    """Give what was typed as a list of two or more, else the list that was there."""
     former = _former(error)
+    # Where a mapping was typed, the parent is the list itself.
+    if any(isinstance(found, ListConfig) and found._metadata.element_type is str for found in (former, error.parent_node)):
+        return f"[{'A' if error.value is None else error.value},B]"
+    numbers: list[str] = re.findall(r"\d+(?:\.\d+)?", _typed(error.value))
     if len(numbers) < 2 and isinstance(former, ListConfig) and not former._is_none() and len(former):
         numbers = [str(value) for value in former]
     numbers = numbers * 2 if len(numbers) == 1 else numbers or ["1", "2"]

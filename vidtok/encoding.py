@@ -149,6 +149,7 @@ def _card(tokenizer: Tokenizer, episodes: EpisodeSet, length: int, hop: int, pre
         fps=episodes.fps,
         frame_height=height,
         frame_width=width,
+        is_stretched=episodes.is_stretched,
         # An action belongs to one frame; where a token spans several there is no single one.
         num_actions=episodes.num_actions if tokenizer.stride_t == 1 else 0,
         data_name=episodes.name,

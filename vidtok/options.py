@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from vidtok.run_options import RunOptions
+from vidtok.run_options import RunOptions, check_trackers
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ class TrainTokenizerOptions(RunOptions):
     def __post_init__(self) -> None:
         """Refuse what no training can have."""
         check_at_least(self, clip_frames=1, frame_gap=1, evaluation_clips=1, unquantized_steps=0)
+        check_trackers(self.trackers)
         if self.train_only not in (None, "decoder"):
             raise ValueError(f"train_only={self.train_only} is not known: give decoder, or null to train the whole tokenizer")
         if self.train_only is not None and self.init_from is None:

@@ -54,13 +54,20 @@ class Lpips(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, name: str, convolutions: Mapping[str, Tensor], heads: Mapping[str, Tensor], checksum: str = "") -> None:
+    def __init__(
+        self,
+        name: str,
+        convolutions: Mapping[str, Tensor],
+        heads: Mapping[str, Tensor],
+        checksum: str = "",
+        heads_checksum: str = "",
+    ) -> None:
         """Build AlexNet (alex) or VGG16 (vgg) of convolutions N.weight and N.bias, and heads 0 .. 4 of shape (1, C, 1, 1).
 
-        checksum: names the files they come from.
+        checksum, heads_checksum: name the files they come from.
         """
         super().__init__()
-        self.name, self.checksum = name, checksum
+        self.name, self.checksum, self.heads_checksum = name, checksum, heads_checksum
         self.backbone = _BACKBONES[name]
         places = chain.from_iterable(self.backbone.stages)
         self.convolutions = nn.ModuleDict({str(at): self._convolution(at, convolutions) for at in places})
@@ -140,10 +147,10 @@ def load_lpips(weights: str | Path, heads: str | Path | None = None, sha256: str
             f"{weights} holds neither AlexNet's nor VGG16's convolutions (features.0.weight, ...): give torchvision's alexnet-*.pth "
             "or vgg16-*.pth, or the lpips package's state dict"
         )
-    found_heads = _heads(tensors)
+    found_heads, heads_checksum = _heads(tensors), checksum
     if heads is not None or not found_heads:
         path = Path(heads) if heads is not None else _packaged_heads(name)
-        tensors, _ = _read(path)
+        tensors, heads_checksum = _read(path)
         found_heads, weights = _heads(tensors), path
     last = [stage[-1] for stage in _BACKBONES[name].stages]
     for number, at in enumerate(last):
@@ -155,7 +162,7 @@ def load_lpips(weights: str | Path, heads: str | Path | None = None, sha256: str
                 f"{weights} has {has} under lin{number}.model.1.weight, where {name} needs {wanted}: give lpips_heads=FILE, "
                 f"the lpips package's {name}.pth"
             )
-    return Lpips(name, convolutions, found_heads, checksum)
+    return Lpips(name, convolutions, found_heads, checksum, heads_checksum)
 
 
 def file_sha256(path: str | Path) -> str:

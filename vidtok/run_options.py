@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from typing import Any
 
 from omegaconf import MISSING
 
 OPTIMIZERS = ("adamw", "muon")
+TRACKERS = ("tensorboard", "wandb")  # each the name of its package
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class RunOptions:
     in a resumed run plans it anew.
     optimizer: adamw, or muon for the inner matrices and adamw for the rest.
     precision: auto (bf16 where the device computes it fast, else fp32), fp32 or bf16. num_workers null: 0 on CPU, else 2.
+    trackers: what shows curves and pictures during training, any of tensorboard and wandb; null: tensorboard where it is installed.
     """
 
     run_dir: str = MISSING
@@ -44,6 +47,7 @@ class RunOptions:
     evaluate_every: int = 500
     log_every: int = 10
     keep_checkpoints: int = 2
+    trackers: list[str] | None = None
 
 
 def options_from(config: Mapping[str, Any]) -> RunOptions:
@@ -93,3 +97,22 @@ def check_options(options: RunOptions) -> None:
         raise ValueError(f"betas={list(options.betas)} is not allowed: give AdamW's two decay rates, for example [0.9,0.95].")
     if options.precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision={options.precision} is not known: give auto, fp32 or bf16.")
+    check_trackers(options.trackers)
+
+
+def check_trackers(names: Sequence[str] | None) -> None:
+    """Raise ValueError for the first tracker that is unknown or not installed; null passes."""
+    for name in names or ():
+        if name not in TRACKERS:
+            raise ValueError(
+                f"trackers=[{','.join(map(str, names or ()))}] names {name}, which is not known: give any of {', '.join(TRACKERS)}, "
+                "or [] for none."
+            )
+        if not is_installed(name):
+            raise ValueError(f"trackers names {name}, which is not installed: `pip install {name}`, or leave it out.")
+
+
+def is_installed(package: str) -> bool:
+    """Tell whether a package can be imported; a folder that only bears its name, as both trackers leave one, is none."""
+    found = find_spec(package)
+    return found is not None and found.origin is not None

@@ -12,7 +12,6 @@ with Runner(options, config, name="vidtok-train", best="validation_loss") as run
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +19,10 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
@@ -37,7 +37,9 @@ from vidtok.run.parts import TrainedPart, evaluating, ready_to_train
 from vidtok.run.processes import from_all, from_main, leave, on_main, uses_bf16
 from vidtok.run.progress import TrainingProgress
 from vidtok.run.run_folder import RunFolder, Value, open_run
+from vidtok.run.run_log import RunLog
 from vidtok.run.sampler import StepLoader, seed_everything, spread
+from vidtok.run.trackers import Trackers
 from vidtok.run_options import RunOptions, check_options, default_values
 
 __all__ = ["ComputeLoss", "Evaluate", "RunOptions", "Runner", "Save", "TrainingError", "build_optimizer"]
@@ -65,13 +67,8 @@ class Runner:
         self.options = options
         self.path = Path(options.run_dir)
         self._best_key = best
-        has_tensorboard = importlib.util.find_spec("tensorboard") is not None
         # Precision is ours (see autocast): Accelerate would rewrite the model's forward and fix one precision for the process.
-        self._accelerator = Accelerator(
-            mixed_precision="no",
-            log_with=["tensorboard"] if has_tensorboard else None,
-            project_config=ProjectConfiguration(project_dir=options.run_dir, logging_dir=options.run_dir),
-        )
+        self._accelerator = Accelerator(mixed_precision="no")
         atexit.register(leave)
         self._uses_bf16 = uses_bf16(options.precision, self.device)
         self._progress = TrainingProgress(name, self._accelerator.is_main_process)
@@ -84,11 +81,8 @@ class Runner:
         self._folder: RunFolder | None = None
         self._state, self._resume_from = on_main(lambda: self._open(config, name, groups))
         self._clock = RunClock(options, self._state)
-        if not has_tensorboard:
-            self.say("No TensorBoard curves: `pip install tensorboard` adds them (metrics.jsonl is written in any case).")
-        elif not self.is_finished:
-            # Events of steps that will run again are hidden, as they are dropped from metrics.jsonl.
-            self._accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
+        self._trackers = Trackers(options.trackers, self.path, name, config)
+        self._log = RunLog(self._folder, self._progress, self._clock, self._trackers, self._clips, options.log_every)
         self.seed_step(0)
 
     def __enter__(self) -> Self:
@@ -101,9 +95,7 @@ class Runner:
         """Give back the folder, the signal handlers and the terminal; a folder is not kept of a start refused before its first step."""
         self._progress.close()
         self._interrupts.restore()
-        for tracker in getattr(self._accelerator, "trackers", []):
-            tracker.finish()
-        self._accelerator.trackers = []
+        self._trackers.finish()
         if self._folder is not None:
             self._folder.close(is_refused)
 
@@ -176,6 +168,10 @@ class Runner:
         """Give the model without the wrapper of several processes."""
         return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
+    def show(self, name: str, draw: Callable[[], np.ndarray]) -> None:
+        """Keep a picture of this step, uint8 (H, W, 3), in samples/ and in the trackers; only the main process draws it."""
+        self._log.show(self.step, name, draw)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in the run's precision; update and evaluation do so by themselves."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._uses_bf16)
@@ -195,6 +191,7 @@ class Runner:
         if self._resume_from is not None:
             checkpoints.load_parts(self._resume_from, self._parts)
             self.say(f"Resuming {self.path} after step {self.step}.")
+        on_main(lambda: self._trackers.start(self.step, self.say))
         self._interrupts.catch()
         loader = StepLoader(dataset, self.options, self.device, self._accelerator.process_index, self._accelerator.num_processes)
         self._describe_clips = loader.describe
@@ -260,7 +257,7 @@ class Runner:
         """
         self._state.step = step
         status = self._clock.end_step()
-        self._log_step(step, logs)
+        self._log.end_step(step, logs)
         # Clocks and signals differ between processes: the main one decides for all.
         status, is_measured = from_main((self._interrupts.exit_status or status, self._clock.is_plan_due()))
         is_last = 0 < status < SIGNALLED
@@ -307,25 +304,13 @@ class Runner:
         on_main(lambda: write_failure(self.path, failures))
         raise TrainingError(explain(failures, self.path))
 
-    def _log_step(self, step: int, logs: Mapping[str, Any]) -> None:
-        seconds = self._clock.step_seconds
-        rate = self._clips / max(seconds, 1e-9)
-        self._progress.show(step, self._clock.horizon, float(logs["loss"]), rate, seconds)
-        if step == 1 or step % self.options.log_every == 0:
-            self._write({key: float(value) for key, value in logs.items()} | {"clips_per_second": rate})
-
-    def _write(self, values: Mapping[str, float]) -> None:
-        if self._folder is not None:
-            self._folder.append_metrics({"step": self.step, **values, "elapsed_seconds": self._clock.elapsed_seconds})
-        self._accelerator.log(dict(values), step=self.step)
-
     def _evaluate(self, step: int, evaluate: Evaluate, save: Save | None) -> None:
         started = time.monotonic()
         self.seed_step(0)  # every evaluation draws the same numbers
         with self.evaluation_weights(), torch.no_grad(), self.autocast():
             values = from_main({key: float(value) for key, value in evaluate().items()})
         value, best = deciding_value(values, self._best_key, step, self.path), self._state.best
-        self._write(values)
+        self._log.write(step, values)
         self.say(f"step {step}: " + ", ".join(f"{key} {number:.4g}" for key, number in values.items() if math.isfinite(number)))
         # An infinite value (a codebook that is still empty) is no model to keep, not even the first one.
         if math.isfinite(value) and (best is None or value < best):

@@ -171,7 +171,7 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
 
     def source(self, row: int) -> tuple[str, float]:
         """Name what a row was made of, and the seconds into it at which the row begins."""
-        return self._sources[row], float(self._column("start")[row])
+        return self._sources[row], float(self._data.data.column("start")[row].as_py())
 
     def rows(self) -> Iterator[Tensor]:
         """Give the indices of every whole row, int64 (1, t, h, w), one at a time, for counting."""

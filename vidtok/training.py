@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from vidtok.model import VidTokModel
 from vidtok.options import LossOptions, TrainTokenizerOptions
 from vidtok.perceptual import Lpips, load_lpips
 from vidtok.runner import Runner, build_optimizer
-from vidtok.video import to_frames, write_png
+from vidtok.video import to_frames
 
 
 class GappedClips(Dataset[Tensor]):
@@ -169,7 +170,7 @@ class Objective:
 def evaluate_tokenizer(
     runner: Runner, model: VidTokModel, clips: Dataset[Tensor], options: TrainTokenizerOptions, lpips: Lpips | None = None
 ) -> dict[str, float]:
-    """Give loss, PSNR and codebook health over held-out clips, and write real over reconstructed frames into samples/.
+    """Give loss, PSNR and codebook health over held-out clips, and show real over reconstructed frames.
 
     The loss is of the reconstruction alone. While the codebook is still empty the figures are those of latents that are not rounded,
     under names of their own, and validation_loss is infinite: such a model is never the best.
@@ -178,7 +179,7 @@ def evaluate_tokenizer(
     codes = CodeMeter(model.codebook_factors) if model.quantizer.is_discrete and is_filled else None
     name_of = "validation_{}" if is_filled else "validation_unquantized_{}"
     losses, weights = defaultdict[str, list[float]](list), list[int]()
-    frames, picture = FrameMeter(), None
+    frames, shown = FrameMeter(), None
     for video in runner.evaluation_batches(clips, options.evaluation_clips):
         if codes is None:
             reconstruction = model.decode_latents(model.encode_latents(video))
@@ -191,9 +192,9 @@ def evaluate_tokenizer(
             losses[name_of.format(name)].append(float(value))
         weights.append(len(video))
         frames.update(psnr_by_frame(reconstruction, video).cpu())
-        picture = _picture(video[0], reconstruction[0]) if picture is None else picture
-    if picture is not None:
-        write_png(runner.path / "samples" / f"step_{runner.step:06d}.png", picture)
+        shown = (video[0], reconstruction[0]) if shown is None else shown
+    if shown is not None:
+        runner.show("samples/real_over_reconstruction", partial(_picture, *shown))
     # The last batch may be smaller: every clip counts alike.
     means = {name: float(np.average(values, weights=weights)) for name, values in losses.items()}
     figures = means | {name_of.format("psnr_db"): frames.mean()} | ({} if codes is None else codes.summary())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -25,9 +26,9 @@ def write(folder: Path, lengths: list[int], data_name: str) -> list[str]:
     names = {"tokenizer_fingerprint": "0123abcd", "data_name": data_name, "manifest_hash": "abcd"}
     card = Card(codebook_size=8, fps=10.0, num_actions=0, **GRID, **names)  # type: ignore[arg-type]
     with TokenWriter(folder / "tokens", card) as writer:
-        for split, frames in [("train", 6), ("train", 2), *(("validation", length) for length in lengths)]:
+        for number, (split, frames) in enumerate([("train", 6), ("train", 2), *(("validation", length) for length in lengths)]):
             indices = torch.randint(8, (frames, 2, 3), generator=torch.Generator().manual_seed(frames))
-            writer.add(TokenRow(source=split, start=0.0, split=split, frames=frames, indices=indices))
+            writer.add(TokenRow(source=f"film {number}, {split}.mp4", start=0.0, split=split, frames=frames, indices=indices))
         writer.finish()
     torch.manual_seed(0)
     save_model(VidGPTForCausalLM(config_for(card, MODEL)), folder / "gpt")
@@ -59,3 +60,26 @@ def test_rows_too_short_for_a_clip_are_named_and_counted(
         assert f"{sentence}: encode longer ones, with {advice}\n" in printed and f"; {sentence}." in page.text
     else:
         assert "left out" not in printed + page.text.partition("Receipt")[0]
+
+
+def test_every_clip_names_its_episode_and_the_episodes_behind_the_intervals_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*write(tmp_path, [9, 7], "files"), "rollout_clips=3"])
+    printed, figures = capsys.readouterr().out, json.loads((tmp_path / "out" / "metrics.json").read_text())
+    note = "intervals over 2 episodes: of fewer than 8 they are too narrow"
+    assert printed.count(note) == 1 and figures["episodes_count"] == figures["free_running"]["episodes_count"] == 2
+    assert (
+        "6 clips of 2 episodes, teacher-forced: "
+        in check_page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).text
+    )
+    with (tmp_path / "out" / "by_clip.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["data_row"], row["episode"]) for row in rows} == {
+        ("2", "film 2, validation.mp4"),
+        ("3", "film 3, validation.mp4"),
+    }
+    main([*write(tmp_path / "one", [9], "files"), "rollout_clips=3"])
+    printed, figures = capsys.readouterr().out, json.loads((tmp_path / "one" / "out" / "metrics.json").read_text())
+    assert "no intervals: the 4 clips are of one episode, and depend on each other\n" in printed
+    assert not [name for name in figures["teacher_forced"]["model"] if "ci95" in name]

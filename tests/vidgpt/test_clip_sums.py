@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vidgpt import metrics
 from vidgpt.calibration import BINS, Calibration, expected_calibration_error
-from vidgpt.clip_sums import Bootstrap, ClipSums, weighted
+from vidgpt.clip_sums import Bootstrap, ClipPlace, ClipSums, describe_episodes, number_episodes, weighted
 from vidgpt.metrics import CALIBRATION, HIGH, LOW, TokenMeter, gap
 from vidgpt.scores import TokenScores
 
@@ -25,9 +25,9 @@ def random_scores(seed: int, clips: int = 5, frames: int = 4) -> TokenScores:
     return TokenScores(level * nats, top1, top1, confidence=confidence)
 
 
-def meter_of(scores: TokenScores, changed: Tensor | None = None) -> TokenMeter:
+def meter_of(scores: TokenScores, changed: Tensor | None = None, episodes: Tensor | None = None) -> TokenMeter:
     meter = TokenMeter(GRID)
-    meter.update(scores, torch.rand_like(scores.nats) < 0.5 if changed is None else changed)
+    meter.update(scores, torch.rand_like(scores.nats) < 0.5 if changed is None else changed, episodes=episodes)
     return meter
 
 
@@ -44,6 +44,48 @@ def test_an_interval_is_that_of_drawing_whole_clips_again_and_again() -> None:
         assert row[name + LOW] == pytest.approx(low, rel=1e-9)
         assert row[name + HIGH] == pytest.approx(high, rel=1e-9)
         assert low < row[name] < high
+
+
+def test_an_interval_is_that_of_drawing_whole_episodes_with_all_their_clips() -> None:
+    scores, episodes = random_scores(9, clips=7), torch.tensor([3, 3, 0, 8, 0, 3, 5])
+    nats, of = scores.nats.numpy(), episodes.numpy()
+    drawn = torch.randint(4, (300, 4), generator=torch.Generator().manual_seed(7)).numpy()
+    names = np.array([3, 0, 8, 5])  # in the order they come
+    # An episode's clips come as often as it was drawn.
+    values = [np.concatenate([nats[of == episode] for episode in names[row]]).mean() for row in drawn]
+    bounds = np.percentile(values, [2.5, 97.5])
+    row = meter_of(scores, episodes=episodes).summary(Bootstrap(300, 7))
+    assert [row["cross_entropy_nats_per_token" + end] for end in (LOW, HIGH)] == pytest.approx(bounds, rel=1e-9)
+    apart = meter_of(scores).summary(Bootstrap(300, 7))
+    assert apart["cross_entropy_nats_per_token" + LOW] != pytest.approx(row["cross_entropy_nats_per_token" + LOW])
+
+
+def test_windows_of_one_episode_that_tell_the_same_do_not_narrow_an_interval() -> None:
+    few = random_scores(10, clips=10)
+    nats, top1, confidence = (part.repeat_interleave(20, 0) for part in (few.nats, few.top1, few.confidence))
+    many = TokenScores(nats, top1, top1, confidence=confidence)
+    bootstrap, of = Bootstrap(500), torch.arange(10).repeat_interleave(20)
+    names = [f"cross_entropy_nats_per_token{end}" for end in ("", LOW, HIGH)]
+    once, again, apart = (
+        [meter_of(scores, episodes=episodes).summary(bootstrap)[name] for name in names]
+        for scores, episodes in ((few, None), (many, of), (many, None))
+    )
+    assert again == pytest.approx(once)
+    assert again[2] - again[1] > 3 * (apart[2] - apart[1])
+
+
+def test_clips_of_one_episode_have_no_interval_and_few_episodes_are_named() -> None:
+    row = meter_of(random_scores(11), episodes=torch.zeros(5, dtype=torch.long)).summary(Bootstrap(10))
+    assert row["cross_entropy_nats_per_token"] and not [name for name in row if "ci95" in name]
+    assert describe_episodes(1, 5) == "no intervals: the 5 clips are of one episode, and depend on each other"
+    assert describe_episodes(7, 64) == "intervals over 7 episodes: of fewer than 8 they are too narrow"
+    assert describe_episodes(8, 64) == describe_episodes(1, 1) == ""
+    places = [ClipPlace(row, 0, episode) for row, episode in ((4, "a"), (5, "b"), (6, "a"))]
+    assert number_episodes(places) == [0, 1, 0] and places[2].columns() == {
+        "data_row": 6,
+        "first_latent_frame": 0,
+        "episode": "a",
+    }
 
 
 def test_of_many_clips_an_interval_is_the_normal_one_of_their_means() -> None:

@@ -30,13 +30,20 @@ NATS, TOP1 = "cross_entropy_nats_per_token", "top1_accuracy_fraction"
 
 
 def write_run(
-    folder: Path, values: Sequence[Mapping[str, Any]], regime: str = "teacher_forced", protocol: Any = PROTOCOL, **more: Any
+    folder: Path,
+    values: Sequence[Mapping[str, Any]],
+    regime: str = "teacher_forced",
+    protocol: Any = PROTOCOL,
+    episodes: Sequence[str] | None = None,
+    **more: Any,
 ) -> Path:
-    """Write what vidgpt-evaluate would, of clips 0, 1, ... of a row each; values: figures of each clip."""
+    """Write what vidgpt-evaluate would, of clips 0, 1, ... of a row each; values: figures of each clip; episodes: of each, if known."""
     folder.mkdir()
     (folder / "metrics.json").write_text(json.dumps({"protocol": protocol, **more}))
     (folder / "evaluation.json").write_text(json.dumps({"checkpoint": f"runs/{folder.name}", "files": []}))
     keys = [{"regime": regime, "forecaster": "model", "data_row": row, "first_latent_frame": 0} for row in range(len(values))]
+    if episodes is not None:
+        keys = [{**key, "episode": episode} for key, episode in zip(keys, episodes, strict=True)]
     with (folder / "by_clip.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*keys[0], *dict.fromkeys(name for figures in values for name in figures)])
         writer.writeheader()
@@ -83,7 +90,8 @@ def test_two_evaluations_are_compared_figure_by_figure(tmp_path: Path, capsys: p
     assert rows["free_running", TOP1]["difference_ci95_low"] is None
     assert rows["teacher_forced", NATS]["verdict"] == "A better" and "A better" in printed
     assert "copy_last_frame_smoothed" in found["equal"]["teacher_forced"]
-    assert "7 clips are of 2 rows of the data set: clips of one row depend on each other" in printed
+    assert rows["teacher_forced", NATS]["episodes_count"] == 2
+    assert "intervals over 2 episodes: of fewer than 8 they are too narrow" in found["notes"] and "over 2 episodes" in printed
     page = check_page((tmp_path / "comparison" / "report.html").read_text(encoding="utf-8"))
     assert "each interval holds for its own figure at 95%" in page.text.replace("Each", "each")
     assert page.tags.count("table") == 3 and str(runs[1]) in page.text
@@ -123,16 +131,25 @@ def test_intervals_are_of_pairs_and_as_wide_as_theory_says() -> None:
     draw = np.random.default_rng(0)
     clips = torch.tensor(draw.normal(5, 3, 400))
     ones, bootstrap = torch.ones(400, dtype=torch.float64), Bootstrap(2000)
-    assert paired_interval(clips, clips + 0.1, ones, bootstrap) == pytest.approx((0.1, 0.1))
+    apart = range(400)
+    assert paired_interval(clips, clips + 0.1, ones, bootstrap, apart) == pytest.approx((0.1, 0.1))
     change = torch.tensor(draw.normal(0.2, 1, 400))
-    low, high = paired_interval(clips, clips + change, ones, bootstrap)
+    low, high = paired_interval(clips, clips + change, ones, bootstrap, apart) or (0, 0)
     half = 1.96 * float(change.std()) / 20
     assert (low + high) / 2 == pytest.approx(float(change.mean()), abs=0.1 * half)
     assert (high - low) / 2 == pytest.approx(half, rel=0.08)
     # Of weighted clips a ratio of sums: nine clips in ten weigh nothing.
     weights = (torch.arange(400) % 10 == 0).double()
-    few = paired_interval(clips, clips + change, weights, bootstrap)
+    few = paired_interval(clips, clips + change, weights, bootstrap, apart) or (0, 0)
     assert few[1] - few[0] > 2.5 * (high - low)
+    # Forty windows of one video are as good as one where all tell the same.
+    same = change[:10].repeat_interleave(40)
+    video = [clip // 40 for clip in range(400)]
+    wide = paired_interval(clips, clips + same, ones, bootstrap, video) or (0, 0)
+    assert wide == pytest.approx(paired_interval(change[:10] * 0, change[:10], ones[:10], bootstrap, range(10)))
+    narrow = paired_interval(clips, clips + same, ones, bootstrap, apart) or (0, 0)
+    assert wide[1] - wide[0] > 5 * (narrow[1] - narrow[0])
+    assert paired_interval(clips, clips + change, ones, bootstrap, [0] * 400) is None
 
 
 def test_a_verdict_needs_a_direction_and_an_interval_that_leaves_zero_out(tmp_path: Path) -> None:
@@ -209,7 +226,7 @@ def test_what_is_no_pair_of_evaluations_is_refused(tmp_path: Path, capsys: pytes
     (twice / "by_clip.csv").write_text(lines + lines.splitlines()[-1] + "\n")
     (tmp_path / "empty").mkdir()
     for runs, sentence in {
-        (a,): "has 1 folders: give 2 to 26",
+        (a,): f"runs=[{a}] has 1 folder: give 2 to 26, as runs=[A,B]",
         (a, tmp_path / "nowhere"): f"{tmp_path / 'nowhere'} does not exist: give output folders of vidgpt-evaluate",
         (a, tmp_path / "empty"): f"{tmp_path / 'empty'} has no metrics.json",
         (a, old): f"{old} has no by_clip.csv, which vidgpt-evaluate writes: run it again",
@@ -232,3 +249,102 @@ def test_a_clip_of_which_a_figure_is_not_known_counts_in_neither_run(tmp_path: P
     assert (row["clips_count"], row["better"]) == (2, "higher")
     assert row["reference_value"] == pytest.approx(2 / 6) and row["other_value"] == pytest.approx(4 / 6)
     assert math.isfinite(row["difference_ci95_low"])
+
+
+def test_whole_episodes_are_drawn_and_a_verdict_needs_more_than_many_windows_of_one(tmp_path: Path) -> None:
+    steps = [0.5, 0.5, 0.5, 0.5, -0.1, 0.6]
+    first, second = ([{NATS: 1.0 + step * side, "tokens_count": 8} for step in steps] for side in (0, 1))
+    of = {"a": ["x"] * 4 + ["y", "z"], "b": ["x"] * 4 + ["y", "z"], "alone": ["x"] * 6}
+    runs = {name: write_run(tmp_path / name, first if name == "a" else second, episodes=of[name]) for name in ("a", "b")}
+    found = run_compare(tmp_path, *runs.values())
+    (row,) = found["differences"]
+    assert (row["clips_count"], row["episodes_count"]) == (6, 3) and found["bootstrap"]["unit"] == "episodes"
+    assert (row["difference_ci95_low"], row["verdict"]) == (pytest.approx(-0.1), "not told apart")  # of y drawn alone
+    assert "intervals over 3 episodes: of fewer than 8 they are too narrow" in found["notes"]
+    # Older files do not say it: rows of the data set stand in, which is said.
+    old = [write_run(tmp_path / f"old {name}", values) for name, values in (("a", first), ("b", second))]
+    found = run_compare(tmp_path, *old, names="older")
+    assert found["differences"][0]["episodes_count"] == 6 and found["differences"][0]["verdict"] == "A better"
+    assert (
+        "none of these evaluations says of which episode a clip is, so every row of the data set counts as one" in found["notes"]
+    )
+    # It is enough that one of them says it.
+    assert run_compare(tmp_path, old[0], runs["b"], names="mixed")["differences"][0]["episodes_count"] == 3
+    alone = [write_run(tmp_path / f"alone {side}", values, episodes=of["alone"]) for side, values in enumerate((first, second))]
+    found = run_compare(tmp_path, *alone, names="one")
+    assert found["differences"][0]["difference_ci95_low"] is None
+    assert "no intervals: the 6 clips are of one episode, and depend on each other" in found["notes"]
+
+
+def test_rows_of_unlike_episodes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips = [{NATS: 1.0 + place, "tokens_count": 8} for place in range(2)]
+    a, b = (write_run(tmp_path / name, clips, episodes=["x", name]) for name in "ab")
+    assert f"{a} has row 1 of the data set from a and {b} from b" in refusal(tmp_path, a, b, capsys=capsys)
+
+
+def test_pixels_measured_with_unlike_files_or_against_unlike_decoders_are_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = [{NATS: 1.0, "tokens_count": 8}, {NATS: 2.0, "tokens_count": 8}]
+    detector = {"figure": "fvd", "detector_sha256": "e" * 8}
+    card = {
+        "motion_estimator": "lucas_kanade, of all clips",
+        "reference_tokenizer_fingerprint": "a" * 8,
+        "lpips": {"network": "alex", "weights_sha256": "b" * 8, "heads_sha256": "c" * 8},
+        "distances": {"fvd": {"model": detector}},
+    }
+    first = write_run(tmp_path / "first", clips, pixels={"protocol": card})
+    changes: dict[str, dict[str, Any]] = {
+        "pixels.reference_tokenizer_fingerprint ('aaaaaaaa' and 'd')": {"reference_tokenizer_fingerprint": "d"},
+        "pixels.lpips.heads_sha256 ('cccccccc' and 'd')": {"lpips": {**card["lpips"], "heads_sha256": "d"}},
+        "pixels.lpips.heads_sha256 ('cccccccc' and not there)": {"lpips": {"network": "alex", "weights_sha256": "b" * 8}},
+        "pixels.lpips.weights_sha256 ('bbbbbbbb' and 'd')": {"lpips": {**card["lpips"], "weights_sha256": "d"}},
+        "pixels.distances.fvd.model.detector_sha256 ('eeeeeeee' and 'd')": {
+            "distances": {"fvd": {"model": {**detector, "detector_sha256": "d"}}}
+        },
+    }
+    for number, (field, change) in enumerate(changes.items()):
+        other = write_run(tmp_path / str(number), clips, pixels={"protocol": card | change})
+        told = refusal(tmp_path, first, other, capsys=capsys)
+        assert f"their protocols differ in {field}: evaluate both in one way" in told, field
+    # What only one of them measured is not compared, and so no reason to refuse the rest.
+    less = {**card, "lpips": None, "motion_estimator": None, "distances": {}}
+    plain = write_run(tmp_path / "plain", clips, pixels={"protocol": less})
+    assert run_compare(tmp_path, first, plain)["equal"] == {"teacher_forced": ["model"]}
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (b"regime,forecaster\n\xff\xfe", "is no table of clips ("),
+        (b"regime,forecaster,data_row,first_latent_frame\nteacher_forced,model,0,zero\n", "line 2, names no clip ("),
+        (b"regime,forecaster,data_row,first_latent_frame\nteacher_forced,model,0\n", "line 2, names no clip ("),
+        (b"\x00\x01", "have no regime in common"),
+        (b"", "have no regime in common"),
+    ],
+)
+def test_a_damaged_table_of_clips_is_one_sentence(
+    damage: bytes, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = (write_run(tmp_path / name, [{NATS: 1.0, "tokens_count": 8}]) for name in "ab")
+    (b / "by_clip.csv").write_bytes(damage)
+    told = refusal(tmp_path, a, b, capsys=capsys)
+    assert str(b) in told and sentence in told
+
+
+@pytest.mark.parametrize(
+    ("runs", "advice"),
+    [
+        ("A", "runs=A: expected a list, for example runs=[A,B]"),
+        ("3", "runs=3: expected a list, for example runs=[3,B]"),
+        ("{a:1}", "runs: expected a list, for example runs=[A,B]"),
+        ("A,B", "runs=A,B: a list is written runs=[A,B]"),
+        ("[A]", "runs=[A] has 1 folder: give 2 to 26, as runs=[A,B]"),
+    ],
+)
+def test_whoever_forgets_the_brackets_or_the_second_run_is_told_how_it_is_written(
+    runs: str, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([f"runs={runs}", "output=out"])
+    assert capsys.readouterr().err.startswith(f"vidgpt-compare: {advice}")

@@ -163,7 +163,7 @@ def test_the_files_keep_regimes_apart_and_hold_every_frame_and_place(tmp_path: P
     batch = clips(7)
     evaluate(Uniform(), batch).write(tmp_path / "out")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert set(metrics) == {"clips_count", "bootstrap", "teacher_forced", "free_running"}
+    assert set(metrics) == {"clips_count", "episodes_count", "bootstrap", "teacher_forced", "free_running"}
     assert metrics["clips_count"] == 5
     assert not any("cross_entropy" in key for key in metrics["free_running"]["model"])
     frames = list(csv.DictReader((tmp_path / "out" / "by_frame.csv").open()))
@@ -226,6 +226,26 @@ def test_the_three_regimes_are_three_tables_of_the_same_clips() -> None:
     assert "world_model_challenge_1x" not in figures
     with pytest.raises(ValueError, match="got 4 clips for a report of 5"):
         add_forced(report, LAYOUT, [{name: part[:4] for name, part in batch.items()}], force)
+
+
+def test_clips_keep_the_episodes_that_they_were_cut_from_in_every_regime_whatever_the_batches() -> None:
+    model, batch = tiny_model(), {**clips(12, count=6), "episodes": torch.tensor([4, 4, 4, 7, 7, 9])}
+
+    def force(indices: Tensor, actions: Tensor | None) -> ForcedFrames:
+        return temporally_forced(model, LAYOUT, indices, actions)
+
+    reports = [
+        evaluate_tokens(model, LAYOUT, [batch], counts(batch), 2, copy_last, force=force, batch_size=size) for size in (6, 4)
+    ]
+    for report in reports:
+        meters = report.teacher_forced, report.temporally_teacher_forced, report.free_running
+        assert {tuple(meter.sums.episodes) for regime in meters for meter in regime.values()} == {(4, 4, 4, 7, 7, 9)}
+        figures = report.metrics()
+        assert (figures["clips_count"], figures["episodes_count"], figures["bootstrap"]["unit"]) == (6, 3, "episodes")
+        assert (figures["free_running"]["clips_count"], figures["free_running"]["episodes_count"]) == (6, 3)
+        assert "intervals over 3 episodes: of fewer than 8 they are too narrow" in headline(report)
+    apart = evaluate_tokens(model, LAYOUT, [{name: batch[name] for name in ("indices", "actions")}], counts(batch), 2, None)
+    assert "intervals over 6 episodes" in apart.interval_note()
 
 
 def test_without_counts_the_unigram_baselines_are_left_out() -> None:

@@ -10,7 +10,7 @@ import torch
 from vidgpt import inputs
 from vidgpt.inputs import read_actions, read_context
 from vidtok.card import Card
-from vidtok.video import to_frames
+from vidtok.video import resize_frames, stretch_frames, to_frames
 
 
 def card(**options: object) -> Card:
@@ -71,6 +71,21 @@ def test_another_size_is_scaled_and_said(tmp_path) -> None:
     context = read_context(tmp_path / "wide.npy", card(), context=2, future=1)
     assert context.video.shape == (1, 3, 2, 16, 16)
     assert "from 31x57 to 16x16" in context.note
+
+
+def test_a_model_of_stretched_frames_gets_its_input_stretched_and_says_so(tmp_path) -> None:
+    wide = np.random.default_rng(0).integers(0, 256, (4, 31, 57, 3)).astype(np.uint8)
+    np.save(tmp_path / "wide.npy", wide)
+    for start in (None, 0.0):
+        contexts = [
+            read_context(tmp_path / "wide.npy", card(is_stretched=stretched), context=4, future=1, start=start)
+            for stretched in (True, False)
+        ]
+        for context, fitted in zip(contexts, (stretch_frames, resize_frames), strict=True):
+            np.testing.assert_array_equal(to_frames(context.video[0]), fitted(wide, (16, 16)))
+        assert not torch.equal(contexts[0].video, contexts[1].video)
+        assert "stretched from 31x57 to 16x16" in contexts[0].note and "cropped" not in contexts[0].note
+        assert "scaled and centre-cropped from 31x57 to 16x16" in contexts[1].note
 
 
 def test_a_temporal_stride_shortens_the_context_and_keeps_the_newest(numbered) -> None:

@@ -38,6 +38,39 @@ def test_a_rollout_that_stands_still_is_frozen_from_the_horizon_on_where_it_stop
     assert "frozen from horizon 3 on: they change far less than real ones, 0.0% of" in str(seen.warning())
 
 
+# A frozen share among a real one of a fifth, a boiling one among a real one of a fiftieth.
+@pytest.mark.parametrize(
+    ("generated", "real", "seen"),
+    [
+        # One or two horizons that move again end nothing, wherever they are.
+        ([0.2, 0.2, 0, 0, 0.1, 0, 0, 0], 0.2, (FROZEN, 3, None)),
+        ([0.2, 0.2, 0, 0.1, 0.1, 0, 0, 0], 0.2, (FROZEN, 3, None)),
+        ([0.02] * 4 + [0.9] * 3 + [0.02], 0.02, (BOILING, 5, None)),
+        ([0.02] * 4 + [0.9] * 2 + [0.02] * 2, 0.02, (BOILING, 5, None)),
+        # Three do: what was wrong before them and went away is not where this began.
+        ([0, 0, 0.2, 0.2, 0.2, 0, 0, 0, 0, 0], 0.2, (FROZEN, 6, None)),
+        ([0.02] * 5 + [0.9] * 2 + [0.02] * 3, 0.02, (BOILING, 6, 7)),
+        ([0.02, 0.9, 0.02, 0.02, 0.02, 0.9, 0.02, 0.02, 0.02, 0.02], 0.02, (BOILING, 6, 6)),
+    ],
+)
+def test_the_horizons_named_are_the_last_stretch_and_three_better_ones_end_a_stretch(
+    generated: list[float], real: float, seen: tuple[str, int, int | None]
+) -> None:
+    monitor = watched(generated, [real] * len(generated), clips=30)
+    assert (monitor.state, monitor.first_horizon, monitor.last_horizon) == seen
+    until = "on" if seen[2] is None else f"to {seen[2]}"
+    assert f"are {seen[0]} from horizon {seen[1]} {until}: " in str(monitor.warning())
+    assert monitor.states[seen[1] - 1] == seen[0]
+
+
+def test_where_only_all_horizons_together_tell_the_second_half_is_named() -> None:
+    meter = RolloutMeter((1, 4))
+    real = (torch.arange(33) % 2).view(1, -1, 1, 1).expand(1, -1, 1, 4)
+    meter.update(real[:, :1].expand(-1, 32, -1, -1), real[:, 1:], real[:, 0])
+    seen = watch(meter)
+    assert set(seen.states) == {STEADY} and (seen.state, seen.first_horizon, seen.last_horizon) == (FROZEN, 17, None)
+
+
 def test_a_rollout_of_noise_boils_and_its_frames_have_more_entropy_than_calm_ones() -> None:
     truth = torch.zeros(8, 7, *GRID, dtype=torch.long)
     truth[:, 1::2, :1] = 3

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.conftest import check_page, randomised
 from tests.vidgpt.conftest import clips as make_clips
 from tests.vidgpt.conftest import net
+from tests.vidtok.test_perceptual import backbone, heads
 from vidgpt.clip_frames import ClipFrames
-from vidgpt.clip_sums import Bootstrap
+from vidgpt.clip_sums import Bootstrap, ClipPlace
+from vidgpt.compare import main as compare
 from vidgpt.evaluate import main
 from vidgpt.finetuning import config_for
 from vidgpt.fused import FusedModel
@@ -36,6 +38,7 @@ from vidtok.folders import copy_folder, save_model
 from vidtok.metrics import psnr_by_frame
 from vidtok.model import VidTokModel
 from vidtok.options import EncodeOptions
+from vidtok.perceptual import file_sha256
 from vidtok.tokens import TokenDataset
 from vidtok.video import to_video
 from vidtok.video_metrics.table import PixelTable
@@ -60,7 +63,8 @@ def encoded(folder: Path, stride_t: int = 1) -> VidTokModel:
 def evaluate(folder: Path, *more: str) -> dict[str, Any]:
     keys = [f"checkpoint={folder / 'gpt'}", f"tokens={folder / 'tokens'}", f"output={folder / 'out'}", "context=2", "clips=3"]
     main([*keys, "rollout_clips=3", "temporally_forced=false", "resamples=50", *more])
-    figures = json.loads((folder / "out" / "metrics.json").read_text())
+    output = next((Path(key.partition("=")[2]) for key in reversed(more) if key.startswith("output=")), folder / "out")
+    figures = json.loads((output / "metrics.json").read_text())
     assert isinstance(figures, dict)
     return figures
 
@@ -104,7 +108,15 @@ def test_data_that_the_tokens_were_not_made_of_are_refused_before_any_work(
 def test_the_command_compares_frames_with_the_source_and_gives_ceiling_and_baselines(tmp_path: Path) -> None:
     tokenizer = encoded(tmp_path)
     found = evaluate(tmp_path, "pixels=true", *DIGITS, "samples=2", "sampling.temperature=1")["pixels"]
-    assert list(found) == ["protocol", "model", "copy_last_frame", "linear_extrapolation", "tokenizer_ceiling", "real"]
+    assert list(found) == [
+        "protocol",
+        "episodes_count",
+        "model",
+        "copy_last_frame",
+        "linear_extrapolation",
+        "tokenizer_ceiling",
+        "real",
+    ]
     protocol = found["protocol"]
     assert (protocol["reference"], protocol["clips_count"], protocol["samples_count"]) == ("source_frames", 3, 2)
     assert protocol["distances"] == {}  # three future frames are too few for the proxy
@@ -152,6 +164,7 @@ def test_without_data_the_reference_is_the_reconstruction_and_named(tmp_path: Pa
         (["pixels=true", "samples=2"], "samples=2 would all be one"),
         (["vmaf=true"], "vmaf= is for the comparison of frames: give pixels=true too"),
         (["samples=2", "sampling.temperature=1"], "samples= is for the comparison of frames"),
+        (["optical_flow=false"], "optical_flow= is for the comparison of frames"),
         (["pixels=true", "rollout_clips=0"], "give rollout_clips=1 or more"),
         (["pixels=true", "fvd_detector=a.pt"], "fvd_sha256="),
     ],
@@ -160,6 +173,104 @@ def test_keys_that_do_nothing_or_run_unknown_code_are_refused(keys: list[str], s
     with pytest.raises(SystemExit):
         main(["checkpoint=a", "tokens=b", "output=c", *keys])
     assert sentence in capsys.readouterr().err
+
+
+class ForGrey(nn.Module):
+    """A detector of clips of one colour."""
+
+    def forward(self, video: Tensor) -> Tensor:
+        return nn.functional.conv3d(video, torch.zeros(1, 1, 1, 1, 1)).mean((2, 3, 4))
+
+
+class Colours(nn.Module):
+    """A detector of three features."""
+
+    def forward(self, video: Tensor) -> Tensor:
+        return video.mean((2, 3, 4))
+
+
+def refusal(folder: Path, capsys: pytest.CaptureFixture[str], *keys: str) -> str:
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(folder, "pixels=true", *keys)
+    told = capsys.readouterr().err
+    assert told.startswith("vidgpt-evaluate: ") and told.count("\n") == 1 and not (folder / "out").exists()
+    return told
+
+
+def test_files_that_do_not_work_are_refused_in_one_sentence_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(GPT, "window", 12)
+    encoded(tmp_path)
+
+    def measure(*_: object) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("vidgpt.checkpoint_evaluation._measure", measure)
+    for name, network in {"grey": ForGrey(), "colours": Colours()}.items():
+        torch.jit.script(network).save(str(tmp_path / f"{name}.pt"))
+    keys = {
+        name: [f"fvd_detector={tmp_path / name}.pt", f"fvd_sha256={file_sha256(tmp_path / f'{name}.pt')}"]
+        for name in ("grey", "colours")
+    }
+    assert "grey.pt fails on clips of shape (2, 3, 10, 224, 224) (" in refusal(tmp_path, capsys, *keys["grey"])
+    told = refusal(tmp_path, capsys, *keys["colours"], "rollout_clips=1")
+    assert "fvd_detector compares 2 clips or more, and there is 1: give rollout_clips=2" in told
+    torch.save(backbone("alex") | {name: head * 0 for name, head in heads("alex").items()}, tmp_path / "zero.pth")
+    torch.save(backbone("alex") | {name: head / 0 for name, head in heads("alex").items()}, tmp_path / "broken.pth")
+    for name, found in (("zero", "0.0"), ("broken", "nan")):
+        told = refusal(tmp_path, capsys, f"lpips_weights={tmp_path / name}.pth")
+        assert f"LPIPS of lpips_weights finds {found} between two images of noise: its files are damaged" in told
+    for clips, figures in (
+        (3, "frechet_random_conv3d_proxy (32 features) and fvd (3 features)"),
+        (4, "frechet_random_conv3d_proxy (32 features)"),
+    ):
+        with pytest.raises(AssertionError, match="the work began"):
+            evaluate(tmp_path, "pixels=true", *keys["colours"], f"rollout_clips={clips}")
+        said = [line for line in capsys.readouterr().out.splitlines() if "singular" in line]
+        assert len(said) == 1 and said[0].startswith(
+            f"{figures} of {clips} clips: a covariance of no more clips than features is singular"
+        )
+
+
+def test_a_distance_of_few_clips_is_told_and_its_card_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(GPT, "window", 12)
+    encoded(tmp_path)
+    torch.jit.script(Colours()).save(str(tmp_path / "colours.pt"))
+    keys = [f"fvd_detector={tmp_path / 'colours.pt'}", f"fvd_sha256={file_sha256(tmp_path / 'colours.pt')}", "optical_flow=false"]
+    for clips in (3, 6):
+        pixels = evaluate(tmp_path, "pixels=true", *keys, f"rollout_clips={clips}", f"output={tmp_path / str(clips)}")["pixels"]
+        card = pixels["protocol"]["distances"]["fvd"]["model"]
+        assert (card["num_real"], card["num_generated"], card["num_features"]) == (clips, clips, 3)
+        assert card["is_covariance_singular"] is (clips == 3)
+        for row in ("model", "copy_last_frame", "tokenizer_ceiling"):
+            assert pixels[row]["fvd_distance"] >= 0 and "fvd_distance_missing_because" not in pixels[row]
+        assert pixels["model"]["fvd_distance"] > 0 and pixels["model"]["frechet_random_conv3d_proxy_distance"] > 0
+    with pytest.raises(SystemExit, match="2"):
+        compare([f"runs=[{tmp_path / '3'},{tmp_path / '6'}]", f"output={tmp_path / 'compared'}"])
+    told = capsys.readouterr().err
+    assert "pixels.distances.fvd.model.num_real (3 and 6)" in told and "fvd.model.is_covariance_singular (True and False)" in told
+
+
+def test_the_protocol_names_the_files_of_lpips_and_what_optical_flow_takes_can_be_left_out(tmp_path: Path) -> None:
+    encoded(tmp_path)
+    torch.save(backbone("alex"), tmp_path / "net.pth")
+    torch.save(heads("alex"), tmp_path / "heads.pth")
+    files = [f"lpips_weights={tmp_path / 'net.pth'}", f"lpips_heads={tmp_path / 'heads.pth'}"]
+    found = evaluate(tmp_path, "pixels=true", "optical_flow=false", "context=4", *files)["pixels"]
+    checksums = {
+        f"{name}_sha256": file_sha256(tmp_path / file) for name, file in (("weights", "net.pth"), ("heads", "heads.pth"))
+    }
+    assert found["protocol"]["lpips"] == {"network": "alex", **checksums}
+    assert found["protocol"]["motion_estimator"] is None and found["episodes_count"] == 3
+    # Of a single future frame nothing is left that needs no reference.
+    assert found["real"] == {} and not [name for row in ("model", "real") for name in found[row] if "lucas" in name]
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "what needs optical flow is left out (optical_flow=false)" in text and "over 3 episodes" in text
+    with (tmp_path / "out" / "pixels_by_clip.csv").open(newline="") as file:
+        assert {row["episode"] for row in csv.DictReader(file)} == {f"digits/validation-{number:05d}" for number in range(3)}
 
 
 def test_a_sample_is_the_same_in_any_batch_and_however_many_there_are() -> None:
@@ -186,7 +297,7 @@ def test_intervals_are_those_of_drawing_clips_again_and_clips_are_ranked_by_psnr
     noise = torch.randn(real.shape, generator=generator) * torch.linspace(0.3, 0.05, 6).reshape(-1, 1, 1, 1, 1)
     table = PixelTable()
     table.update({MODEL: (real + noise).clamp(-1, 1)}, real, real[:, :, 0])
-    report = PixelReport(table, [], {"samples_count": 1}, Bootstrap(200, 7), [(clip, 0) for clip in range(6)])
+    report = PixelReport(table, [], {"samples_count": 1}, Bootstrap(200, 7), [ClipPlace(clip, 0, str(clip)) for clip in range(6)])
     assert report.worst_first() == [0, 1, 2, 3, 4, 5]
     values = table.values(MODEL, "psnr_db")[0].numpy()
     drawn = torch.randint(6, (200, 6), generator=torch.Generator().manual_seed(7)).numpy()

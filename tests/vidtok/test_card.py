@@ -26,13 +26,13 @@ def rewrite(folder: Path, left_out: tuple[str, ...] = (), **changes: Any) -> Non
 
 def test_an_old_card_is_read_as_one_codebook_whose_first_latent_frame_is_one_frame(tmp_path: Path) -> None:
     card().save(tmp_path)
-    rewrite(tmp_path, ("first_frames", "codebook_factors", "clip_frames", "clip_hop", "encoder_fingerprint"))
+    rewrite(tmp_path, ("first_frames", "codebook_factors", "clip_frames", "clip_hop", "encoder_fingerprint", "is_stretched"))
     old = Card.load(tmp_path)
-    assert (old.first_frames, old.codebook_factors) == (1, [64])
+    assert (old.first_frames, old.codebook_factors, old.is_stretched) == (1, [64], False)
     check_cards(old, "the old one", card(codebook_factors=[64]), "the new one")
 
 
-@pytest.mark.parametrize(("change", "value"), [("first_frames", 4), ("codebook_factors", [8, 8])])
+@pytest.mark.parametrize(("change", "value"), [("first_frames", 4), ("codebook_factors", [8, 8]), ("is_stretched", True)])
 def test_cards_that_differ_in_a_new_field_are_refused(change: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"one has {change}=.*, but other has {change}="):
         check_cards(card(), "one", card(**{change: value}), "other")
@@ -63,6 +63,7 @@ def test_frames_and_latent_frames_are_each_others_inverse(first_frames: int, lat
         ({"rows": -3}, "rows=-3 must be 0 or more"),
         ({"splits": {"train": -3}}, r"splits={'train': -3} must count 0 rows or more"),
         ({"precision": "fp8"}, "precision=fp8 is none"),
+        ({"is_stretched": 1}, "is_stretched=1, which is not of type bool"),
         ({"fps": 0}, "fps=0 is no number of frames a second above 0"),
         ({"fps": math.nan}, "fps=nan is no number"),
         ({"fps": math.inf}, "fps=inf is no number"),

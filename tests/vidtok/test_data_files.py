@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vidtok.data import ClipDataset, Episode, EpisodeSet, Reject, build_episodes, files, write_rejects
-from vidtok.data.cache import FrameWriter
+from vidtok.data.cache import FrameWriter, cache_key
+from vidtok.data.episodes import hash_manifest
 from vidtok.data.options import FilesOptions
-from vidtok.video import write_png, write_video
+from vidtok.video import resize_frames, write_png, write_video
 
 
 def shades(count: int, height: int = 16, width: int = 16) -> np.ndarray:
@@ -118,6 +120,48 @@ def test_the_rate_is_that_of_the_first_video_and_is_said(root: Path, cache: Path
     assert said.count("\n") == 1 and "10 frames a second, the rate of a.mp4" in said
     assert shade_numbers(build(root, cache, validation=0, fps=5).episodes[0].frames[0:99]) == list(range(0, 20, 2))
     assert capsys.readouterr().out == ""
+
+
+def test_the_rate_is_said_once_for_the_same_data_and_counts_the_files_whose_frames_it_repeats(
+    root: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, fps in (("a.mp4", 20), ("b.mp4", 10), ("c.mp4", 30), ("d.mp4", 19.99)):
+        write_video(root / name, shades(20), fps)
+    for _ in range(3):
+        found = build(root, cache, validation=0)
+    assert shade_numbers(found.episodes[1].frames[0:6]) == [0, 0, 1, 1, 2, 2]
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "the rate of a.mp4" in said and said.endswith("; frames of 1 slower file are repeated\n")
+    for _ in range(2):
+        build(root, cache, validation=0, fps=25)
+    assert capsys.readouterr().out == "data: frames of 3 slower files are repeated to make 25 a second, as data.fps says\n"
+    write_video(tmp_path / "others" / "a.mp4", shades(5), 20)
+    build(tmp_path / "others", cache, validation=0)
+    assert capsys.readouterr().out.endswith("a.mp4, is used for all: data.fps sets another\n")
+
+
+def test_stretched_frames_show_the_whole_picture_and_are_other_data_than_cropped_ones(root: Path, cache: Path) -> None:
+    wide = np.random.default_rng(0).integers(0, 256, (3, 24, 40, 3)).astype(np.uint8)
+    np.save(root / "a.npy", wide)
+    cropped, stretched = (build(root, cache, validation=0, fps=25, stretch=stretch) for stretch in (False, True))
+    assert (cropped.is_stretched, stretched.is_stretched) == (False, True)
+    ours, theirs = (found.episodes[0].frames[0:3] for found in (stretched, cropped))
+    pictures = [Image.fromarray(frame).resize((16, 16), Image.Resampling.BILINEAR) for frame in wide]
+    assert np.abs(ours.astype(int) - np.stack([np.asarray(picture) for picture in pictures])).max() <= 1
+    assert np.abs(ours.astype(int) - theirs).max() > 20
+    np.testing.assert_array_equal(theirs, resize_frames(wide, (16, 16)))
+    assert cropped.manifest_hash != stretched.manifest_hash
+    assert build(root, cache, validation=0, fps=25).manifest_hash == cropped.manifest_hash
+
+
+def test_cropped_frames_of_an_older_cache_are_found(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(root / "a.npy", shades(3))
+    found = build(root, cache, validation=0, fps=25)
+    source = files.find_sources(root.resolve(), None)[0]
+    key = cache_key([str(source.path), source.state, 25, 16, 16])
+    assert [path.name for path in cache.glob("files-*")] == [f"files-{key}.npy"]
+    content = files._content(source, cache)
+    assert found.manifest_hash == hash_manifest([[["a.npy", 0.0, 3, "train"]], 25, [16, 16], [content]])
 
 
 def test_a_pattern_chooses(root: Path, cache: Path) -> None:

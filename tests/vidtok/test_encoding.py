@@ -48,6 +48,19 @@ def test_the_card_says_how_rows_were_cut(
     assert (found.clip_frames, found.clip_hop) == expected
 
 
+def test_the_card_says_how_frames_came_to_their_size_and_an_encoding_of_other_ones_does_not_go_on(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "wide.npy", np.random.default_rng(0).integers(0, 256, (6, 24, 40, 3)).astype(np.uint8))
+    data = {"name": "files", "root": str(tmp_path / "wide.npy"), "size": [32, 32], "cache_dir": str(tmp_path / "cache")}
+    for is_stretched in (False, True):
+        options = EncodeOptions(checkpoint=str(tokenizer), output=str(tmp_path / f"tokens_{is_stretched}"))
+        encode_dataset(options, {**data, "stretch": is_stretched})
+        assert Card.load(options.output).is_stretched is is_stretched
+    with pytest.raises(ValueError, match="has is_stretched=True, but this command has is_stretched=False"):
+        encode_dataset(options, data)
+
+
 @pytest.mark.parametrize("is_complete", [True, False])
 @pytest.mark.parametrize(("change", "message"), [({"clip_frames": 4}, "clip_frames=6"), ({"clip_hop": 2}, "clip_hop=6")])
 def test_an_encoding_goes_on_with_the_same_rows_only(

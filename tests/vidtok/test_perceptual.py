@@ -144,6 +144,10 @@ def test_the_checksum_is_kept_and_compared(tmp_path: Path) -> None:
     torch.save(backbone("alex") | heads("alex"), path)
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()
     assert load_lpips(path).checksum == load_lpips(path, sha256=checksum[:8].upper()).checksum == checksum
+    assert load_lpips(path).heads_checksum == checksum
+    torch.save(heads("alex"), tmp_path / "heads.pth")
+    apart = load_lpips(path, tmp_path / "heads.pth")
+    assert apart.heads_checksum == hashlib.sha256((tmp_path / "heads.pth").read_bytes()).hexdigest() != apart.checksum == checksum
     for wrong in ("0" * 64, checksum[:4]):
         with pytest.raises(ValueError, match=f"has the SHA-256 checksum {checksum}, not {wrong}: get the file again"):
             load_lpips(path, sha256=wrong)

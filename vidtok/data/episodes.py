@@ -81,6 +81,7 @@ class EpisodeSet:
     """All episodes of a data source, of one frame size and rate.
 
     num_actions: 0 when there are none. manifest_hash: 16 hex digits that change with the data or the options.
+    is_stretched: frames were scaled without keeping the aspect, not cropped.
     """
 
     name: str
@@ -91,6 +92,7 @@ class EpisodeSet:
     episodes: list[Episode]
     rejects: list[Reject]
     manifest_hash: str
+    is_stretched: bool = False
 
     def split(self, name: str) -> list[Episode]:
         """Give the episodes of split train or validation. Raises ValueError for another name."""

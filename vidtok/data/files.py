@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 from vidtok.data.cache import FrameWriter, cache_key, count_frames, open_cache, progress_bar, recall
 from vidtok.data.episodes import Episode, EpisodeSet, FrameFile, Reject, hash_manifest
 from vidtok.data.find import Source, find_sources
 from vidtok.data.options import FilesOptions
-from vidtok.video import IMAGE_SUFFIXES, VideoError, VideoInfo, iter_frames, probe, resize_frames
+from vidtok.video import IMAGE_SUFFIXES, VideoError, VideoInfo, iter_frames, probe, resize_frames, stretch_frames
 
 # From this number on whole files are held out; below it the end of every file is.
 MIN_FILES_TO_HOLD_OUT = 10
 LEAST_HELD_OUT = 24  # frames of a single video, where a quarter of it has as many
 # A video file has its index and its first frames in one of its ends.
 _DIGEST_BYTES = 2**20
+_RATE_TOLERANCE = 1e-3
 
 
 def build(options: FilesOptions) -> EpisodeSet:
@@ -33,14 +36,14 @@ def build(options: FilesOptions) -> EpisodeSet:
     infos = _probe_all(sources, folder, rejects)
     _check_rejects(rejects, len(sources), options)
     fps = options.fps or next(iter(infos.values())).fps
-    if options.fps is None:
-        print(f"data: {fps:.5g} frames a second, the rate of {next(iter(infos)).name}, is used for all: data.fps sets another")
+    _say_rate(root, next(iter(infos)).name if options.fps is None else None, fps, _count_slower(infos.values(), fps))
     _check_space(infos, options, fps)
     paths = _decode_all(infos, options, fps, folder, rejects)
     _check_rejects(rejects, len(sources), options)
     if rejects:
         print(f"data: {len(rejects)} of {len(sources)} files rejected: see rejects.csv")
     episodes = _split_given(paths, fps, held_out) if held_out else _split(paths, fps, options.validation)
+    contents = [_content(source, folder) for source in paths]
     manifest = [[e.source, e.start, len(e.frames), e.split] for e in episodes]
     return EpisodeSet(
         name="files",
@@ -50,8 +53,30 @@ def build(options: FilesOptions) -> EpisodeSet:
         num_actions=0,
         episodes=episodes,
         rejects=rejects,
-        manifest_hash=hash_manifest([manifest, fps, list(options.size), [_content(source, folder) for source in paths]]),
+        manifest_hash=hash_manifest([manifest, fps, list(options.size), contents, *_mark(options)]),
+        is_stretched=options.stretch,
     )
+
+
+def _mark(options: FilesOptions) -> list[str]:
+    """Give what the cache and the manifest say of stretched frames: nothing of cropped ones, so that older caches and tokens count."""
+    return ["stretch"] if options.stretch else []
+
+
+def _count_slower(infos: Iterable[VideoInfo], fps: float) -> int:
+    """Count the sources that have not as many frames a second; the rates of containers are rounded."""
+    return sum(info.fps < fps * (1 - _RATE_TOLERANCE) for info in infos)
+
+
+@cache  # every stage of a demo builds the same data anew
+def _say_rate(root: Path, name: str | None, fps: float, slower: int) -> None:
+    """Say, once a process for the same data, which rate was taken from the first file, and how many others it makes repeat frames."""
+    taken = "" if name is None else f"{fps:.5g} frames a second, the rate of {name}, is used for all: data.fps sets another"
+    repeated = f"frames of {slower} slower file{'s' * (slower != 1)} are repeated" if slower else ""
+    if slower and name is None:
+        repeated += f" to make {fps:.5g} a second, as data.fps says"
+    if taken or repeated:
+        print(f"data: {'; '.join(filter(None, [taken, repeated]))}")
 
 
 def _root(options: FilesOptions) -> Path:
@@ -116,17 +141,18 @@ def _digest(path: Path) -> str:
 def _decode_all(
     infos: dict[Source, VideoInfo], options: FilesOptions, fps: float, folder: Path, rejects: list[Reject]
 ) -> dict[Source, Path]:
-    height, width = options.size
+    size = (options.size[0], options.size[1])
+    fitted = stretch_frames if options.stretch else resize_frames
     paths = {}
     with progress_bar() as progress:
         task = progress.add_task("decoding", total=sum(info.seconds for info in infos.values()))
         for source in infos:
-            path = folder / f"files-{cache_key([str(source.path), source.state, fps, height, width])}.npy"
+            path = folder / f"files-{cache_key([str(source.path), source.state, fps, *size, *_mark(options)])}.npy"
             try:
                 if not path.exists():
-                    with FrameWriter(path, (height, width)) as writer:
+                    with FrameWriter(path, size) as writer:
                         for frame in iter_frames(source.path, fps=fps):
-                            writer.append(resize_frames(frame[None], (height, width))[0])
+                            writer.append(fitted(frame[None], size)[0])
                             progress.advance(task, 1 / fps)
                 paths[source] = path
             except (VideoError, FileNotFoundError) as error:

@@ -38,9 +38,10 @@ class FilesOptions:
     """Video files of the user: a folder, searched recursively, or one file."""
 
     name: str = "files"
-    root: str = ""
+    root: str | None = ""  # null where a benchmark asks for it
     fps: float | None = None  # frames a second; null takes the first video's rate
     size: list[int] = field(default_factory=lambda: [64, 64])  # height, width in pixels
+    stretch: bool = False  # scale other shapes to that size without keeping the aspect; false covers it and crops the middle
     validation: float = 0.1  # fraction held out; of few videos the end of each, at least 24 frames or a quarter
     validation_root: str | None = None  # the held-out videos, in a folder of their own; null holds out that fraction of root
     pattern: str | None = None  # glob on the path below root, such as "*.mp4"

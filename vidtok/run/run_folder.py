@@ -20,7 +20,7 @@ from vidtok.run.checkpoints import TrainState, clean, clean_checkpoints, newest_
 
 # These say how long and how loudly to train, not what: a resumed run may change them. run_dir may be spelled in other ways.
 FREE_KEYS = {"run_dir", "max_steps", "max_minutes", "checkpoint_every", "evaluate_every", "log_every", "keep_checkpoints"}
-FREE_KEYS |= {"num_workers", "debug"}
+FREE_KEYS |= {"num_workers", "trackers", "debug"}
 _ABSENT = "(absent)"
 MARKER_FILE = "run.json"
 RUN_FORMAT = 1
@@ -28,7 +28,7 @@ RUN_FORMAT = 1
 _BEFORE_MARKER = {".lock", f".tmp-{MARKER_FILE}"}
 # All that a start can have left that was refused before its first step.
 _BEFORE_STEP = {*_BEFORE_MARKER, MARKER_FILE, "config.yaml", "plan.json", "first_values.json", "rejects.csv"}
-_FOLDERS_BEFORE_STEP = {"checkpoints", "samples", "tensorboard"}
+_FOLDERS_BEFORE_STEP = {"checkpoints", "samples", "tensorboard", "wandb"}
 
 Value = TypeVar("Value", str, int)
 

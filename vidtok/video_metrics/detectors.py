@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -57,13 +58,13 @@ class TorchScriptDetector:
             )
         try:
             self.network = torch.jit.load(str(file), map_location=device).eval()
-        except RuntimeError as error:
+            known = {argument.name for argument in self.network.forward.schema.arguments}
+        except (RuntimeError, AttributeError) as error:  # the second where it has no forward
             reason = str(error).strip().split("\n")[0]
             raise ValueError(
-                f"{file} cannot be read as TorchScript ({reason}): give a file written by torch.jit.save."
+                f"{file} cannot be read as TorchScript ({reason}): give a network that torch.jit.save wrote."
             ) from error
         self.name, self.side, self.least_frames, self.device = file.name, side, least_frames, device
-        known = {argument.name for argument in self.network.forward.schema.arguments}
         self._options = {name: value for name, value in _I3D_OPTIONS.items() if name in known}
 
     @torch.no_grad()
@@ -71,18 +72,27 @@ class TorchScriptDetector:
         """Give (B, d) for clips (B, 3, T, side, side) in [-1, 1]."""
         try:
             found = self.network(video.to(self.device), **self._options)
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:  # the second where the network itself raises
             reason = str(error).strip().split("\n")[-1]
             raise ValueError(
                 f"{self.name} fails on clips of shape {tuple(video.shape)} ({reason}): give a network of clips (B, 3, T, H, W) in [-1, 1]."
             ) from error
-        if not isinstance(found, Tensor) or found.ndim != 2:
+        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(video):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"{self.name} gave {shape} for {len(video)} clips: a detector gives a tensor (clips, features).")
         return found
 
 
 _I3D_OPTIONS: Mapping[str, bool] = {"rescale": False, "resize": False, "return_features": True}
+
+
+def try_detector(detector: Detector, frames: int) -> int:
+    """Run a detector on two clips of noise, of so many frames; gives how many features it tells. Raises ValueError where it fails."""
+    noise = torch.rand(2, 3, frames, detector.side, detector.side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    features = detector.features(noise)
+    if not features.isfinite().all():
+        raise ValueError(f"{detector.name} gave features that are no numbers for clips of noise: give another detector.")
+    return features.shape[1]
 
 
 class RandomConvDetector:
@@ -146,24 +156,21 @@ class FrechetMeter:
             detector_sha256=self.detector.sha256,
             frames=self._frames or 0,
             fps=self.fps,
-            resize=f"shorter side to {self.detector.side} pixels, bilinear without antialiasing, middle square",
+            resize=f"shorter side to {self.detector.side} pixels, the longer one rounded up, bilinear without antialiasing, middle square",
             num_real=self._real.count if self._real else 0,
             num_generated=generated.count if generated else 0,
+            num_features=len(self._real.mean) if self._real else 0,
             is_context_included=self.is_context_included,
         )
 
     def distance(self, row: str = "prediction") -> float:
-        """Give a row's distance; raises ValueError where either kind has no more clips than the features have dimensions.
-
-        Such a covariance has no full rank, and the distance says more about the number of clips than about them.
-        """
+        """Give a row's distance; raises ValueError below two clips of a kind. Of no more clips than features the card says so."""
         real, generated, card = self._real, self._rows.get(row), self.card(row)
         if real is None or generated is None:
             raise ValueError(f"{card.num_real} real and {card.num_generated} clips of {row} were added: a distance needs both.")
-        if min(real.count, generated.count) <= len(real.mean):
+        if min(real.count, generated.count) < 2:
             raise ValueError(
-                f"{card.figure} got {card.num_real} real clips and {card.num_generated} of {row} for {len(real.mean)} features: with no "
-                "more clips than features the figure tells their number, so give more clips."
+                f"{card.figure} got {card.num_real} real clips and {card.num_generated} of {row}: a covariance needs 2 or more of each."
             )
         return frechet_distance(real.mean, real.covariance, generated.mean, generated.covariance)
 
@@ -188,11 +195,13 @@ class FrechetMeter:
 def resized(video: Tensor, side: int) -> Tensor:
     """Scale clips (B, C, T, H, W) until the shorter side is `side` pixels, and cut out the middle: (B, 3, T, side, side).
 
-    Bilinear without antialiasing, as the FVD code of StyleGAN-V has it, which most published figures follow.
+    Bilinear without antialiasing, the longer side rounded up: as `preprocess_single` of the FVD code by StyleGAN-V's authors has it
+    (universome/fvd-comparison), which most published figures follow.
     """
     frames, (height, width) = video.shape[2], video.shape[-2:]
     scale = side / min(height, width)
-    covering = (max(side, round(height * scale)), max(side, round(width * scale)))
+    # In fp64 as there, where 50 pixels times 224 / 50 are a little more than 224, and so rounded up to 225.
+    covering = (side, math.ceil(width * scale)) if height < width else (math.ceil(height * scale), side)
     images = rearrange(video.float(), "B C T H W -> (B T) C H W")
     if covering != (height, width):
         images = F.interpolate(images, size=covering, mode="bilinear", align_corners=False)

@@ -17,11 +17,17 @@ class ProtocolCard:
     resize: str
     num_real: int
     num_generated: int
+    num_features: int  # of a clip, as the detector tells it; 0 before the first clip
     is_context_included: bool  # the given frames were part of the clips
+
+    @property
+    def is_covariance_singular(self) -> bool:
+        """Tell whether there are no more clips than features: the figure is then too high, and comparable at these numbers alone."""
+        return min(self.num_real, self.num_generated) <= self.num_features
 
     def as_dict(self) -> dict[str, str | int | float | bool | None]:
         """Give the fields, ready for JSON."""
-        return asdict(self)
+        return {**asdict(self), "is_covariance_singular": self.is_covariance_singular}
 
 
 def check_comparable(card: ProtocolCard, other: ProtocolCard) -> None:

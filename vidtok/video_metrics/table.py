@@ -29,7 +29,7 @@ from vidtok.video_metrics.frames import (
     ssim_uniform_by_frame,
     sum_over_pixels,
 )
-from vidtok.video_metrics.interpolation import INTERPOLATORS, fie_smooth_by_frame
+from vidtok.video_metrics.interpolation import INTERPOLATORS, blend, fie_smooth_by_frame
 from vidtok.video_metrics.temporal import dtssd_by_step, flicker_by_frame, warped_steps
 from vidtok.video_metrics.vmaf import vmaf_by_frame
 
@@ -80,19 +80,21 @@ def score_fidelity(
     return found
 
 
-def score_motion(video: Tensor, last: Tensor) -> dict[str, Scores]:
-    """Give every figure that needs no reference; compare with the real clip's own. video, last: as score_fidelity takes them."""
-    joined = with_last(video, last)
-    steps, horizons = warped_steps(joined), video.shape[2]
-    found = {
-        "motion_lucas_kanade_pixels_per_frame": steps.speed,
-        "warping_error_lucas_kanade_mse": steps.error,
-        "warping_trusted_lucas_kanade_fraction": steps.trusted,
-    }
+def score_motion(video: Tensor, last: Tensor, is_flow: bool = True) -> dict[str, Scores]:
+    """Give every figure that needs no reference; compare with the real clip's own. video, last: as score_fidelity takes them.
+
+    is_flow: also those of optical flow, which take most of the time.
+    """
+    joined, horizons, found = with_last(video, last), video.shape[2], {}
+    if is_flow:
+        steps = warped_steps(joined)
+        found["motion_lucas_kanade_pixels_per_frame"] = steps.speed
+        found["warping_error_lucas_kanade_mse"] = steps.error
+        found["warping_trusted_lucas_kanade_fraction"] = steps.trusted
     if horizons > 1:
         every, odd = range(horizons - 1), range(0, horizons - 1, 2)
         found["flicker_second_difference_grey_levels_of_255"] = _placed(flicker_by_frame(joined), every, horizons)
-        for name, interpolator in INTERPOLATORS.items():
+        for name, interpolator in INTERPOLATORS.items() if is_flow else [("linear", blend)]:
             errors = fie_smooth_by_frame(joined, interpolator)
             found[f"fie_smooth_{name}_grey_levels_of_255"] = _placed(errors, odd, horizons)
     return {name: Scores(values, "like_real") for name, values in found.items()}
@@ -111,13 +113,14 @@ def _placed(values: Tensor, horizons: range, count: int) -> Tensor:
 
 
 class PixelTable:
-    """Gather clips and give the table. lpips: of load_lpips, or None; is_vmaf: needs the vmaf extra and takes long.
+    """Gather clips and give the table.
 
+    lpips: of load_lpips, or None. is_vmaf: needs the vmaf extra and takes long. is_flow: see score_motion.
     Every clip must have the same number of future frames, and a row the same number of samples throughout.
     """
 
-    def __init__(self, lpips: Lpips | None = None, is_vmaf: bool = False) -> None:
-        self.lpips, self.is_vmaf = lpips, is_vmaf
+    def __init__(self, lpips: Lpips | None = None, is_vmaf: bool = False, is_flow: bool = True) -> None:
+        self.lpips, self.is_vmaf, self.is_flow = lpips, is_vmaf, is_flow
         self._values: dict[str, dict[str, list[Tensor]]] = {}
         self._better: dict[str, Better] = {}
         self._static: dict[str, MotionMeter] = {}
@@ -129,14 +132,14 @@ class PixelTable:
         real: (B, C, T, H, W), what did happen; last: the last given frame (B, C, H, W). The row "real" makes itself.
         """
         self._check(rows, real)
-        self._keep(REAL, 1, score_motion(real, last))
+        self._keep(REAL, 1, score_motion(real, last, self.is_flow))
         for name, forecast in rows.items():
             samples = forecast if forecast.ndim == 6 else rearrange(forecast, "B C T H W -> 1 B C T H W")
             count = len(samples)
             video = rearrange(samples, "N B C T H W -> (N B) C T H W")
             truth = real if count == 1 else repeat(real, "B C T H W -> (N B) C T H W", N=count)
             before = last if count == 1 else repeat(last, "B C H W -> (N B) C H W", N=count)
-            scores = score_fidelity(video, truth, before, self.lpips, self.is_vmaf) | score_motion(video, before)
+            scores = score_fidelity(video, truth, before, self.lpips, self.is_vmaf) | score_motion(video, before, self.is_flow)
             self._keep(name, count, scores)
             meter = self._static.setdefault(name, MotionMeter())
             meter.update(with_last(video, before), with_last(truth, before))

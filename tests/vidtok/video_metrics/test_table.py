@@ -201,3 +201,16 @@ def test_lpips_of_given_weights_is_a_column_with_the_name_of_its_network(moving,
     assert values[0] == 0 and values[0] < values[1] < values[2]
     one = lpips(rows["2"][:, :, 0], clips[:, :, 2])
     assert table.values("2", "lpips_alex")[0, 0, 0] == pytest.approx(one.item(), rel=1e-5)
+
+
+def test_without_optical_flow_its_figures_are_left_out_and_no_flow_is_computed(moving, monkeypatch) -> None:
+    clips = moving(2, 6)
+    rows = {"prediction": noisy(clips[:, :, 2:], 0.1)}
+    whole = table_of(rows, clips).summary()
+    for module in ("temporal", "interpolation"):
+        monkeypatch.setattr(f"vidtok.video_metrics.{module}.lucas_kanade", None)
+    table = PixelTable(is_flow=False)
+    table.update(rows, clips[:, :, 2:], clips[:, :, 1])
+    for row, figures in table.summary().items():
+        assert figures == {name: value for name, value in whole[row].items() if "lucas_kanade" not in name}
+        assert len(figures) < len(whole[row]) and "fie_smooth_linear_grey_levels_of_255" in figures

@@ -15,7 +15,7 @@ import torch
 
 from vidtok.metrics import psnr_by_frame
 from vidtok.video import to_frames
-from vidtok.video_metrics.vmaf import find_ffmpeg, vmaf_by_frame
+from vidtok.video_metrics.vmaf import check_vmaf, find_ffmpeg, vmaf_by_frame
 
 
 def program(path: Path, body: str) -> str:
@@ -60,6 +60,20 @@ def test_programs_that_cannot_measure_are_refused_in_one_sentence(tmp_path, movi
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="none is here"):
         find_ffmpeg()
+
+
+def test_a_program_that_says_it_can_and_cannot_is_found_before_any_work(tmp_path, monkeypatch) -> None:
+    broken = program(tmp_path / "broken", LISTS + "sys.exit('no such model')\n")
+    monkeypatch.setattr("vidtok.video_metrics.vmaf.find_ffmpeg", lambda: broken)
+    with pytest.raises(ValueError, match=r"could not measure VMAF \(no such model\): try another ffmpeg"):
+        check_vmaf(32, 24)
+    with pytest.raises(ValueError, match="use larger frames"):
+        check_vmaf(32, 23)
+    works = (
+        "import json\nsys.stdin.buffer.read()\njson.dump({'frames': [{'metrics': {'vmaf': 1.0}}] * 2}, open('vmaf.json', 'w'))\n"
+    )
+    monkeypatch.setattr("vidtok.video_metrics.vmaf.find_ffmpeg", lambda: program(tmp_path / "works", LISTS + works))
+    check_vmaf(32, 24)
 
 
 def test_vmaf_is_best_for_the_clip_itself_and_falls_with_noise(moving, tmp_path) -> None:
