@@ -121,9 +121,15 @@ def pixel_tables(pixels: PixelReport) -> list[Table]:
             card = pixels.distances[0].card(row)
             values = [pixels.summary[row][name] for name in names]
             rows.append([row.replace("_", " "), *map(_rounded, values), card.num_real, card.num_generated, card.frames])
-        tables.append(
-            Table("Fréchet distances of whole futures; the proxy is no FVD, and only like protocols compare", header, rows)
-        )
+        title = "Fréchet distances of whole futures; the proxy is no FVD, and only like protocols compare"
+        biased = [
+            meter.detector.figure
+            for meter in pixels.distances
+            if any(meter.card(row).is_covariance_singular for row in pixels.rows[:-1])
+        ]
+        if biased:
+            title += f"; biased upwards by no more clips than features: {', '.join(biased)}"
+        tables.append(Table(title, header, rows))
     return tables
 
 

@@ -248,6 +248,9 @@ def test_a_distance_of_few_clips_is_told_and_its_card_says_so(
         for row in ("model", "copy_last_frame", "tokenizer_ceiling"):
             assert pixels[row]["fvd_distance"] >= 0 and "fvd_distance_missing_because" not in pixels[row]
         assert pixels["model"]["fvd_distance"] > 0 and pixels["model"]["frechet_random_conv3d_proxy_distance"] > 0
+        page = (tmp_path / str(clips) / "report.html").read_text(encoding="utf-8")
+        assert ("features: frechet_random_conv3d_proxy, fvd" in page) is (clips == 3)
+        assert "biased upwards by no more clips than features: frechet_random_conv3d_proxy" in page
     with pytest.raises(SystemExit, match="2"):
         compare([f"runs=[{tmp_path / '3'},{tmp_path / '6'}]", f"output={tmp_path / 'compared'}"])
     told = capsys.readouterr().err
