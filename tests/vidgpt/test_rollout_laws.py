@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 
 from tests.vidgpt.conftest import CODES, WINDOW, chosen, clips, net, ragged, roll
+from tests.vidgpt.laws.breaking import (
+    count_noise_from_the_window,
+    forget_the_first_lead,
+    give_samples_one_key,
+    leave_actions_in,
+)
 from vidgpt import sampling
 from vidgpt.cache import SlotCache
 from vidgpt.decoding import DecodingOptions
@@ -87,17 +93,6 @@ def shared_prefill() -> bool:
     return work.prefills == 1 and work.cache_bytes > 0 and torch.equal(several, repeated) and differ
 
 
-def give_samples_one_key(patch: pytest.MonkeyPatch) -> None:
-    repeat = Reader.repeat
-    patch.setattr(
-        Reader, "repeat", lambda self, count, sampler: repeat(self, count, replace_keys(sampler, self.sampler.keys.repeat(count)))
-    )
-
-
-def replace_keys(sampler: sampling.Sampler, keys: Tensor) -> sampling.Sampler:
-    return sampling.Sampler(sampler.layout, sampler.options, keys)
-
-
 def reprefill_is_a_fresh_stream() -> bool:
     model, given, holds = net(), clips(), True
     for plan in (RASTER, SPECULATIVE, NARROW):
@@ -113,17 +108,6 @@ def reprefill_is_a_fresh_stream() -> bool:
     return holds
 
 
-def forget_the_first_lead(patch: pytest.MonkeyPatch) -> None:
-    prefill = Reader.prefill
-
-    def wrong(self: Reader, context: Tensor, *rest: object) -> None:
-        if self.length:
-            context[:, 0] = self.layout.separator_id
-        prefill(self, context, *rest)
-
-    patch.setattr(Reader, "prefill", wrong)
-
-
 def samples_go_on_behind_a_reprefill() -> bool:
     """Positions count on, or the noise of the first frames would come again."""
     flat, given = net(), clips(1, 1)
@@ -131,11 +115,6 @@ def samples_go_on_behind_a_reprefill() -> bool:
         flat.model.norm.weight.zero_()
     frames = roll(flat, given, 11, options=SAMPLED, long=LongOptions("reprefill", 3))[0]
     return len({tuple(frame.flatten().tolist()) for frame in frames}) == 11
-
-
-def count_noise_from_the_window(patch: pytest.MonkeyPatch) -> None:
-    prefill = Reader.prefill
-    patch.setattr(Reader, "prefill", lambda self, context, starts=None, before=0: prefill(self, context, starts, 0))
 
 
 def rows_of_other_lengths() -> bool:
@@ -186,12 +165,6 @@ def guidance_is_two_passes() -> bool:
             logits = (without + guidance * (with_them - without))[:, positions - 1, :CODES]
             holds &= torch.equal(logits.argmax(-1), ids[:, positions]) and not torch.equal(guided, plain)
     return holds
-
-
-def leave_actions_in(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        "vidgpt.layout.TokenLayout.without_actions", lambda self, ids: torch.where(ids > self.separator_id, ids - 1, ids)
-    )
 
 
 def guided_rows_are_alone() -> bool:

@@ -224,7 +224,7 @@ def _knows_one_seed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sampling, "exponential_noise", lambda keys, *rest: noise(torch.zeros_like(keys), *rest))
 
 
-def _forgets_the_first_lead(patch: pytest.MonkeyPatch) -> None:
+def forget_the_first_lead(patch: pytest.MonkeyPatch) -> None:
     prefill = Reader.prefill
 
     def wrong(self: Reader, context: Tensor, *rest: object) -> None:
@@ -240,12 +240,12 @@ def _drops_a_frame_too_few(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(streams, "_reprefill", lambda reader, drop: again(reader, drop - 1))
 
 
-def _counts_noise_from_the_window(patch: pytest.MonkeyPatch) -> None:
+def count_noise_from_the_window(patch: pytest.MonkeyPatch) -> None:
     prefill = Reader.prefill
     patch.setattr(Reader, "prefill", lambda self, context, starts=None, before=0: prefill(self, context, starts, 0))
 
 
-def _leaves_actions_in(patch: pytest.MonkeyPatch) -> None:
+def leave_actions_in(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(TokenLayout, "without_actions", lambda self, ids: torch.where(ids > self.separator_id, ids - 1, ids))
 
 
@@ -263,7 +263,7 @@ def _repeats_rows_in_another_order(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SlotCache, "repeat_rows", lambda self, count: self.select_rows(torch.arange(3).repeat(count)))
 
 
-def _gives_samples_one_key(patch: pytest.MonkeyPatch) -> None:
+def give_samples_one_key(patch: pytest.MonkeyPatch) -> None:
     repeat = Reader.repeat
 
     def alike(self: Reader, count: int, sampler: Sampler) -> None:
@@ -290,13 +290,13 @@ BROKEN = [
     (laws.beyond_window, _evicts(1), SLIDING),
     (laws.beyond_window, _evicts(-1), SLIDING),
     (laws.beyond_window, _takes_a_slot_too_early, SLIDING),
-    (rollouts.reprefill, _forgets_the_first_lead, {}),
+    (rollouts.reprefill, forget_the_first_lead, {}),
     (rollouts.reprefill, _drops_a_frame_too_few, {}),
-    (rollouts.reprefill, _counts_noise_from_the_window, {}),
-    (rollouts.guidance, _leaves_actions_in, {"num_actions": 3}),
+    (rollouts.reprefill, count_noise_from_the_window, {}),
+    (rollouts.guidance, leave_actions_in, {"num_actions": 3}),
     (rollouts.guidance, _guides_too_far, {"num_actions": 3}),
     (rollouts.samples, _repeats_rows_in_another_order, {}),
-    (rollouts.samples, _gives_samples_one_key, {}),
+    (rollouts.samples, give_samples_one_key, {}),
     (laws.stale_slots, _keeps_the_former_clip, {}),
     (laws.stale_slots, _reads_unused_slots, {}),
     (laws.overwriting, _writes_a_slot_once, {}),
@@ -316,8 +316,8 @@ BROKEN_IN_BF16 = [
     (speculative_law, _biases_the_noise, {}),
     (laws.narrow_diagonal, _leaves_stand_ins, {}),
     (laws.beyond_window, _evicts(1), SLIDING),
-    (rollouts.reprefill, _counts_noise_from_the_window, {}),
-    (rollouts.guidance, _leaves_actions_in, {"num_actions": 3}),
+    (rollouts.reprefill, count_noise_from_the_window, {}),
+    (rollouts.guidance, leave_actions_in, {"num_actions": 3}),
     (rollouts.samples, _repeats_rows_in_another_order, {}),
     (laws.stale_slots, _reads_unused_slots, {}),
     (laws.seeds, _counts_rows, {}),
