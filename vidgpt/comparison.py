@@ -97,16 +97,14 @@ def compare(runs: Sequence[EvaluatedRun], bootstrap: Bootstrap) -> tuple[list[Di
     first = runs[0]
     for other in runs[1:]:
         check_comparable(first, other)
-    episodes = [episode_numbers(first, other) for other in runs]
+    numbers = episode_numbers(runs)  # one for all pairs, so that the same clips are drawn in the same way in all of the table
     found: list[Difference] = []
     equal: dict[str, list[str]] = {}
     for regime in first.clips:
         for forecaster in first.clips[regime]:
-            others = [
-                (run, of) for run, of in zip(runs[1:], episodes[1:], strict=True) if forecaster in run.clips.get(regime, {})
-            ]
+            others = [run for run in runs[1:] if forecaster in run.clips.get(regime, {})]
             compared = [
-                row for other, of in others for row in _compare_forecaster(first, other, regime, forecaster, bootstrap, of)
+                row for other in others for row in _compare_forecaster(first, other, regime, forecaster, bootstrap, numbers)
             ]
             if compared:
                 found += compared
@@ -155,7 +153,7 @@ def paired_interval(
 ) -> tuple[float, float] | None:
     """Give the bounds of the difference theirs - ours of weighted means over clips (n,), whose episodes are drawn anew together.
 
-    episodes: that of each clip. None where there is but one.
+    episodes: that of each clip. None where there is but one, or but one of weight.
     """
     parts = torch.stack([weights * (theirs - ours), weights], dim=1)
 
@@ -163,8 +161,8 @@ def paired_interval(
         change, total = (drawn @ parts).unbind(1)
         return divided(change, total)
 
-    bounds = bootstrap.interval(episodes, difference)
-    return None if bounds is None else (float(bounds[0]), float(bounds[1]))
+    bounds = bootstrap.interval(episodes, difference, weights > 0)
+    return None if bounds is None or bounds[0].isnan() else (float(bounds[0]), float(bounds[1]))
 
 
 def _weight(figures: Mapping[str, float], name: str) -> float:
@@ -179,9 +177,7 @@ def _notes(runs: Sequence[EvaluatedRun], found: Sequence[Difference], equal: Map
         f"{len(found) * (1 - LEVEL):.1f} would be told apart by chance"
     )
     notes = [chance if found else "every figure of every clip is the same in all runs"]
-    # Where there is one clip, nobody expects an interval.
-    if counts := sorted({(row.episodes_count, row.clips_count) for row in found if row.clips_count > 1}):
-        notes += filter(None, [describe_episodes(*counts[0])])
+    notes += _episode_notes(found)
     if not any(run.episodes for run in runs):
         notes.append("none of these evaluations says of which episode a clip is, so every row of the data set counts as one")
     if equal:
@@ -191,6 +187,16 @@ def _notes(runs: Sequence[EvaluatedRun], found: Sequence[Difference], equal: Map
         lacking = {regime: [name for place, name in pairs if place == regime] for regime, _ in pairs}
         notes.append(f"not in every run: {_listed(lacking)}")
     return notes
+
+
+def _episode_notes(found: Sequence[Difference]) -> Iterator[str]:
+    """Warn of intervals over few episodes, regime by regime; of the figures with the fewest where they differ."""
+    for regime in dict.fromkeys(row.regime for row in found):
+        # Where there is one clip, nobody expects an interval.
+        counts = sorted({(row.episodes_count, row.clips_count) for row in found if row.regime == regime and row.clips_count > 1})
+        if counts and (note := describe_episodes(*counts[0])):
+            some = "" if counts[0][0] == counts[-1][0] else ", in some figures"
+            yield f"{regime.replace('_', ' ')}{some}: {note}"
 
 
 def _listed(forecasters: Mapping[str, Sequence[str]]) -> str:

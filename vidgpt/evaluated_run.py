@@ -98,21 +98,23 @@ def shared_clips(run: EvaluatedRun, other: EvaluatedRun, regime: str, forecaster
     return both
 
 
-def episode_numbers(run: EvaluatedRun, other: EvaluatedRun) -> dict[int, int]:
-    """Give the number of the episode that each row of the data set is of; a row of which neither run says it is one by itself.
+def episode_numbers(runs: Sequence[EvaluatedRun]) -> dict[int, int]:
+    """Give the number of the episode that each row of the data set is of; a row of which no run says it is one by itself.
 
-    Raises ValueError where they say different things.
+    Raises ValueError where two runs say different things.
     """
-    known = {**run.episodes, **other.episodes}
-    if unlike := [row for row, episode in run.episodes.items() if known[row] != episode]:
-        raise ValueError(
-            f"{run.folder} has row {unlike[0]} of the data set from {run.episodes[unlike[0]]} and {other.folder} from "
-            f"{known[unlike[0]]}: evaluate both on the same tokens"
-        )
-    rows = {row for forecasts in run.clips.values() for clips in forecasts.values() for row, _ in clips}
-    names: list[str | int] = [known.get(row, row) for row in sorted(rows)]
+    known: dict[int, tuple[str, Path]] = {}  # the episode of a row, and who says so first
+    for run in runs:
+        for row, episode in run.episodes.items():
+            named, folder = known.setdefault(row, (episode, run.folder))
+            if named != episode:
+                raise ValueError(
+                    f"{folder} has row {row} of the data set from {named} and {run.folder} from {episode}: evaluate both on the same tokens"
+                )
+    rows = sorted({row for run in runs for forecasts in run.clips.values() for clips in forecasts.values() for row, _ in clips})
+    names: list[str | int] = [known[row][0] if row in known else row for row in rows]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return {row: numbers[name] for row, name in zip(sorted(rows), names, strict=True)}
+    return {row: numbers[name] for row, name in zip(rows, names, strict=True)}
 
 
 def _has(protocol: Mapping[str, Any], part: str) -> bool:

@@ -53,7 +53,11 @@ def make_rows(
         part = {name: values[:, start : start + step] for name, values in sums.items()}
         found = figures(weighted(part))
         kept = [name for name in bounded if name in found]
-        bounds = None if bootstrap is None else bootstrap.interval(episodes, partial(_resampled, part, figures, kept))
+        bounds = None
+        if bootstrap is not None:
+            alone = figures(part)  # of each clip
+            known = torch.stack([~alone[name].isnan() for name in kept], dim=1)
+            bounds = bootstrap.interval(episodes, partial(_resampled, part, figures, kept), known)
         if bounds is not None:
             for name, low, high in zip(kept, *bounds, strict=True):
                 found |= {name + LOW: low, name + HIGH: high}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from vidgpt.metrics import Figures, RolloutMeter
 
@@ -19,6 +19,23 @@ _MEANING = {FROZEN: "they change far less than real ones", BOILING: "they change
 
 
 @dataclass(frozen=True)
+class Changes:
+    """How much moves in some horizons together."""
+
+    real_fraction: float  # of tokens that change
+    generated_fraction: float
+    real_entropy_bits: float  # of the ids of a frame
+    generated_entropy_bits: float
+
+    @classmethod
+    def of(cls, rows: Sequence[Figures]) -> Self:
+        """Add up rows of RolloutMeter.by_frame."""
+        tokens, real, generated = _counts(rows)
+        bits = [sum(_number(row, f"frame_entropy_{name}_bits") for row in rows) / len(rows) for name in ("real", "generated")]
+        return cls(real / tokens, generated / tokens, *bits)
+
+
+@dataclass(frozen=True)
 class Monitor:
     """What was seen of the changes in rollouts, horizon by horizon."""
 
@@ -27,36 +44,40 @@ class Monitor:
     odds_ratio: float  # there: odds that a predicted token changes, over those of a real one
     first_horizon: int | None  # where the last stretch in that state begins, see `watch`; None where it is steady
     last_horizon: int | None  # where it ends; None where it lasts to the end, or there is none
-    real_fraction: float  # of tokens that change, in the second half
-    generated_fraction: float
-    real_entropy_bits: float  # of the ids of a frame, in the second half
-    generated_entropy_bits: float
+    second_half: Changes
+    stretch: Changes | None  # in first_horizon to last_horizon
 
     def figures(self) -> dict[str, Any]:
-        """Give what metrics.json says."""
+        """Give what metrics.json says: state, odds, shares and entropies of the second half of the horizons, where `state` is judged.
+
+        first_horizon_frames to last_horizon_frames (null: the last one) are the last stretch in that state, which may begin in the
+        first half; where no horizon of the second half tells it by itself, they are that half. Both are null where it is steady.
+        """
         return {
             "state": self.state,
             "first_horizon_frames": self.first_horizon,
             "last_horizon_frames": self.last_horizon,
             "change_odds_ratio": self.odds_ratio,
-            "changed_tokens_real_fraction": self.real_fraction,
-            "changed_tokens_generated_fraction": self.generated_fraction,
-            "frame_entropy_real_bits": self.real_entropy_bits,
-            "frame_entropy_generated_bits": self.generated_entropy_bits,
+            "changed_tokens_real_fraction": self.second_half.real_fraction,
+            "changed_tokens_generated_fraction": self.second_half.generated_fraction,
+            "frame_entropy_real_bits": self.second_half.real_entropy_bits,
+            "frame_entropy_generated_bits": self.second_half.generated_entropy_bits,
             "state_by_horizon": self.states,
             "factor_threshold": FACTOR,
             "standard_errors_threshold": STANDARD_ERRORS,
         }
 
     def warning(self) -> str | None:
-        """Say what is wrong with the rollouts, in one sentence; None where nothing is."""
-        if self.state == STEADY:
+        """Say what is wrong with the rollouts, in one sentence with the shares of the horizons that it names; None where nothing is."""
+        if self.stretch is None:
             return None
-        where = f"from horizon {self.first_horizon} {'on' if self.last_horizon is None else f'to {self.last_horizon}'}"
+        until = "on" if self.last_horizon is None else f"to {self.last_horizon}"
+        is_one = self.first_horizon == self.last_horizon
+        where = f"at horizon {self.first_horizon}" if is_one else f"from horizon {self.first_horizon} {until}"
         return (
-            f"rollouts are {self.state} {where}: {_MEANING[self.state]}, {self.generated_fraction:.1%} of the tokens a frame beside "
-            f"{self.real_fraction:.1%} (entropy of a frame's ids {self.generated_entropy_bits:.2f} bits beside "
-            f"{self.real_entropy_bits:.2f})"
+            f"rollouts are {self.state} {where}: {_MEANING[self.state]}, {self.stretch.generated_fraction:.1%} of the tokens a frame "
+            f"beside {self.stretch.real_fraction:.1%} (entropy of a frame's ids {self.stretch.generated_entropy_bits:.2f} bits beside "
+            f"{self.stretch.real_entropy_bits:.2f})"
         )
 
 
@@ -73,10 +94,11 @@ def watch(meter: RolloutMeter) -> Monitor:
     half = rows[len(rows) // 2 :]
     tokens, real, generated = _counts(half)
     state = _state(tokens, real, generated)
-    first, last = (None, None) if state == STEADY else _last_stretch(states, state)
-    bits = [sum(_number(row, f"frame_entropy_{name}_bits") for row in half) / len(half) for name in ("real", "generated")]
     ratio = math.exp(_log_odds_ratio(generated, real, tokens)[0])
-    return Monitor(states, state, ratio, first, last, real / tokens, generated / tokens, *bits)
+    if state == STEADY:
+        return Monitor(states, state, ratio, None, None, Changes.of(half), None)
+    first, last = _last_stretch(states, state)
+    return Monitor(states, state, ratio, first, last, Changes.of(half), Changes.of(rows[first - 1 : last]))
 
 
 def _last_stretch(states: Sequence[str], state: str) -> tuple[int, int | None]:

@@ -97,7 +97,7 @@ class PixelReport:
         return float(self.table.values(row, RANKED_BY)[:, clip].mean(dim=0).nanmean())
 
     def _bounds(self, figures: dict[str, Tensor]) -> dict[str, tuple[list[float], list[float]]]:
-        """Give the bounds of the mean over clips of figures (clips, n), NaN where one is not defined; none of a single episode."""
+        """Give the bounds of the mean over clips of figures (clips, n), NaN where one is not defined; none of one episode."""
         if not figures:
             return {}
         stacked = torch.stack(list(figures.values()), dim=1)
@@ -106,7 +106,7 @@ class PixelReport:
         def means(weights: Tensor) -> Tensor:
             return torch.tensordot(weights, filled, dims=1) / torch.tensordot(weights, known, dims=1)
 
-        bounds = self.bootstrap.interval(self.episodes, means)
+        bounds = self.bootstrap.interval(self.episodes, means, known.bool())
         if bounds is None:
             return {}
         return {name: (low.tolist(), high.tolist()) for name, low, high in zip(figures, *bounds, strict=True)}

@@ -9,7 +9,7 @@ The names are those of the 1X world model challenge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,24 +35,36 @@ def teacher_forced_scores(model: nn.Module, layout: TokenLayout, indices: Tensor
 
     indices: (B, t, h, w), where the model's weights are; actions: (B, t) or None. Gives scores of shape (B, t - 1, h, w).
     """
-    batch, frames, height, _ = indices.shape
-    predict = _predictor(model, layout, layout.flatten(indices, actions))
+    frames, height = indices.shape[1:3]
     targets = rearrange(layout.split(indices[:, 1:]), "B t h w q -> q B (t h w)")
-    # At most a frame at a time: the fp32 softmax of a whole clip would double the memory that its logits take.
-    rows = max(1, min(layout.cells, HELD_LOGITS // (batch * layout.num_logits)))
     scores: dict[int, list[TokenScores]] = {digit: [] for digit in range(layout.num_digits)}
-    for slot in range(layout.slots_per_place):
-        positions = layout.positions_of(slot, frames)[layout.cells :].to(indices.device)
-        for at in range(0, len(positions), rows):
-            piece = slice(at, at + rows)
-            logits = predict(positions[piece])
-            for digit, due in zip(layout.due_digits(slot), layout.due_logits(logits, slot), strict=True):
-                scores[digit].append(score_logits(due, targets[digit][:, piece]))
+    for digit, piece, logits in forced_logits(model, layout, indices, actions):
+        scores[digit].append(score_logits(logits, targets[digit][:, piece]))
 
     def as_grid(parts: Sequence[Tensor]) -> Tensor:
         return rearrange(torch.cat(list(parts), dim=1), "B (t h w) -> B t h w", t=frames - 1, h=height)
 
     return join_scores([map_scores(pieces, as_grid) for pieces in scores.values()], layout.is_parallel)
+
+
+@torch.no_grad()
+def forced_logits(
+    model: nn.Module, layout: TokenLayout, indices: Tensor, actions: Tensor | None
+) -> Iterator[tuple[int, slice, Tensor]]:
+    """Give, piece by piece, what a model says of every token after the first frame, given all true tokens before it.
+
+    Arguments as of teacher_forced_scores. Gives (digit, places, logits): logits (B, n, values of the digit) of the n places that the
+    slice takes of the (t - 1) h w behind the first frame. The pieces of a digit come in the order of their places and cover them once.
+    """
+    predict = _predictor(model, layout, layout.flatten(indices, actions))
+    # At most a frame at a time: the fp32 softmax of a whole clip would double the memory that its logits take.
+    rows = max(1, min(layout.cells, HELD_LOGITS // (len(indices) * layout.num_logits)))
+    for slot in range(layout.slots_per_place):
+        positions = layout.positions_of(slot, indices.shape[1])[layout.cells :].to(indices.device)
+        for at in range(0, len(positions), rows):
+            logits = predict(positions[at : at + rows])
+            for digit, due in zip(layout.due_digits(slot), layout.due_logits(logits, slot), strict=True):
+                yield digit, slice(at, at + rows), due
 
 
 def _predictor(model: nn.Module, layout: TokenLayout, input_ids: Tensor) -> Callable[[Tensor], Tensor]:

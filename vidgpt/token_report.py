@@ -53,12 +53,9 @@ class TokenReport:
     def interval_note(self) -> str:
         """Warn of intervals over few episodes, in one line; nothing where there are enough."""
         first, *others = [meters["model"].sums for meters in (self.teacher_forced, self.free_running) if meters]
-        rolled = [
-            f"free-running, {describe_episodes(sums.num_episodes, sums.clips)}"
-            for sums in others
-            if sums.num_episodes < first.num_episodes
-        ]
-        return "; ".join(note for note in (describe_episodes(first.num_episodes, first.clips), *rolled) if note)
+        fewer = [describe_episodes(sums.num_episodes, sums.clips) for sums in others if sums.num_episodes < first.num_episodes]
+        rolled = [f"free-running, {note}" for note in fewer if note]
+        return "; ".join(filter(None, [describe_episodes(first.num_episodes, first.clips), *rolled]))
 
     def gaps(self) -> dict[str, Figures]:
         """Give by how many nats a token each teacher-forced forecaster lies above a perfect one; empty where that is not known."""
@@ -137,7 +134,7 @@ class TokenReport:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         figures = self.metrics() | dict(more or {})
-        (folder / "metrics.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+        (folder / "metrics.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         write_csv(folder / "by_frame.csv", self.by_frame())
         write_csv(folder / "by_position.csv", self.by_position())
 
@@ -153,7 +150,7 @@ def _tagged(tables: Mapping[str, list[Figures]], regime: str) -> list[dict[str, 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows as CSV; columns are the union of their keys, a missing or undefined figure is an empty cell."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

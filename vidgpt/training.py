@@ -25,6 +25,7 @@ from vidgpt.options import TrainGPTOptions
 from vidgpt.training_pictures import drawing, load_decoder
 from vidtok.card import Card
 from vidtok.folders import copy_folder, save_model
+from vidtok.model import VidTokModel
 from vidtok.run.sampler import spread
 from vidtok.runner import Runner, build_optimizer
 from vidtok.tokens import TokenDataset, longest_row
@@ -44,7 +45,9 @@ def train_gpt(options: TrainGPTOptions, model: Mapping[str, Any], config: Mappin
         model_config, layout = gpt.config, gpt.model.layout
         clips = TokenDataset(options.tokens, "train", model_config.window)
         held_out = _held_out(runner, options, model_config)
-        decoder = None if held_out is None or runner.is_finished else load_decoder(options.tokens, runner.device)
+        # Only the main process draws.
+        is_drawn = held_out is not None and runner.is_main and not runner.is_finished
+        decoder = load_decoder(options.tokens, runner.device, runner.say) if is_drawn else None
         network, optimizer = runner.prepare(gpt, build_optimizer(gpt, options))
         if not runner.is_finished:
             _report(runner, network, optimizer, layout, model_config, options, clips, held_out)
@@ -69,9 +72,7 @@ def train_gpt(options: TrainGPTOptions, model: Mapping[str, Any], config: Mappin
         def evaluate() -> dict[str, float]:
             figures = evaluate_gpt(runner, gpt, layout, held_out, options)
             if decoder is not None and held_out is not None:
-                clip = next(iter(runner.evaluation_batches(held_out, 1)))
-                actions = clip["actions"] if options.use_actions else None
-                runner.show("samples/real_over_likeliest", drawing(decoder, gpt, layout, card, clip["indices"], actions))
+                _show_picture(runner, decoder, gpt, card, held_out, options)
             return figures
 
         def save(folder: Path) -> None:
@@ -132,6 +133,16 @@ def evaluate_gpt(
         share, found["validation_diagonal_loss"] = options.diagonal.share, _diagonal_loss(runner, model, layout, clips, options)
         found[_deciding(options)] = (1 - share) * found["validation_loss"] + share * found["validation_diagonal_loss"]
     return found
+
+
+def _show_picture(
+    runner: Runner, decoder: VidTokModel, model: VidGPTForCausalLM, card: Card, clips: TokenDataset, options: TrainGPTOptions
+) -> None:
+    """Keep the picture of the first held-out clip."""
+    clip = next(iter(runner.evaluation_batches(clips, 1)))
+    actions = clip["actions"] if options.use_actions else None
+    draw = drawing(decoder, model, model.model.layout, card, clip["indices"], actions)
+    runner.show("samples/real_over_likeliest", draw)
 
 
 def _deciding(options: TrainGPTOptions) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vidgpt.layout import TokenLayout
 from vidgpt.model import VidGPTForCausalLM
+from vidgpt.regimes import forced_logits
 from vidtok.card import Card
 from vidtok.folders import load_model
 from vidtok.model import VidTokModel
@@ -19,15 +20,20 @@ from vidtok.video import to_frames
 MOST_FRAMES = 8  # latent ones
 
 
-def load_decoder(tokens: str | Path, device: torch.device) -> VidTokModel | None:
-    """Load the tokenizer that lies in a token dataset; None where there is none of ours, whose decoder is small enough to train beside.
+def load_decoder(tokens: str | Path, device: torch.device, say: Callable[[str], None]) -> VidTokModel | None:
+    """Load the tokenizer that lies in a token dataset; None where there is none, and for a damaged one, which `say` is told.
 
-    Raises ValueError for a damaged one.
+    None for a tokenizer of another project, whose decoder may be too large to keep beside a training.
     """
     folder = Path(tokens) / "tokenizer"
-    if not (folder / "config.json").is_file() or family_of(folder) is not None:
+    if not (folder / "config.json").is_file():
         return None
-    return load_model(VidTokModel, folder).to(device)
+    try:
+        return None if family_of(folder) is not None else load_model(VidTokModel, folder).to(device)
+    except ValueError as error:
+        # Pictures only show the training: it needs the tokens alone.
+        say(f"no pictures in samples/: {error}")
+        return None
 
 
 @torch.no_grad()
@@ -36,15 +42,9 @@ def likeliest_tokens(model: VidGPTForCausalLM, layout: TokenLayout, indices: Ten
 
     indices: (B, t, h, w); actions: (B, t) or None.
     """
-    hidden_states = model.model(layout.flatten(indices, actions)).last_hidden_state
     digits: dict[int, list[Tensor]] = {digit: [] for digit in range(layout.num_digits)}
-    for slot in range(layout.slots_per_place):
-        positions = layout.positions_of(slot, indices.shape[1])[layout.cells :].to(indices.device)
-        # A frame at a time: the logits of a clip may be larger than the model.
-        for place in positions.split(layout.cells):
-            logits = model.lm_head(hidden_states[:, place - 1])
-            for digit, due in zip(layout.due_digits(slot), layout.due_logits(logits, slot), strict=True):
-                digits[digit].append(due.argmax(-1))
+    for digit, _, logits in forced_logits(model, layout, indices, actions):
+        digits[digit].append(logits.argmax(-1))
     joined = layout.join(torch.stack([torch.cat(parts, dim=1) for parts in digits.values()], dim=-1))
     return rearrange(joined, "B (t h w) -> B t h w", h=layout.height, w=layout.width)
 

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 TYPE_WORDS = {"Integer": "an integer", "Float": "a number", "bool": "true or false"}
+_TEXTS = {"runs": ["A", "B"], "trackers": ["tensorboard"]}  # of lists of texts that cannot be any: the shortest example
 _NO_LIST = ("is not a ListConfig, list or tuple", "Cannot merge DictConfig with ListConfig")
 
 
@@ -37,7 +39,8 @@ def explain(error: BaseException, example: str, keys: Mapping[str, str]) -> str:
     if nowhere := re.match(r"Could not override '(.+?)'", str(error)):
         return f"{nowhere[1]}: unknown key, this command has no such group of presets, see --help"
     if ambiguous := re.match(r"Ambiguous value for argument '((.+?)=(.+))'$", str(error), re.MULTILINE):
-        return f"{ambiguous[1]}: a list is written {ambiguous[2]}=[{ambiguous[3]}], and a text with a comma needs quotes"
+        key = f"{ambiguous[2]}=" if _is_list(ambiguous[2]) else ""
+        return f"{ambiguous[1]}: a list is written {key}[{ambiguous[3]}], and a text with a comma needs quotes"
     if type(error).__module__ == "huggingface_hub.errors" and error.__cause__ is not None:
         error = error.__cause__
     return re.sub(r"\s*\n\s*", " ", str(error).strip()) or type(error).__name__
@@ -72,12 +75,37 @@ def _typed(value: Any) -> str:
     return str(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
 
 
+def _is_list(key: str) -> bool:
+    """Tell whether a key of this command is known to be a list, that of a group too."""
+    store, (group, _, name) = ConfigStore.instance(), key.rpartition(".")
+    schemas = [(path, word) for path, word in (("", key), (group, name)) if store.get_type(path) is ObjectType.GROUP]
+    nodes = [
+        (store.load(f"{path}/{file}".lstrip("/")).node, word)
+        for path, word in schemas
+        for file in store.list(path)
+        if file.startswith("schema_") and file.endswith(".yaml")
+    ]
+    return any(isinstance(_node_of(node, word), ListConfig) for node, word in nodes)
+
+
+def _node_of(config: Any, key: str) -> Any:
+    """Give the node of a dotted key, also of a value that is null or missing; None where there is none."""
+    for name in key.split("."):
+        config = config._get_node(name) if isinstance(config, DictConfig) and not config._is_none() else None
+    return config
+
+
 def _example_list(error: OmegaConfBaseException) -> str:
-    """Give what was typed as a list of two or more, else the list that was there."""
-    former = _former(error)
+    """Give what was typed as a list, numbers as two or more, else the list that was there."""
+    former, value = _former(error), error.value
     # Where a mapping was typed, the parent is the list itself.
-    if any(isinstance(found, ListConfig) and found._metadata.element_type is str for found in (former, error.parent_node)):
-        return f"[{'A' if error.value is None else error.value},B]"
+    lists = [found for found in (former, error.parent_node) if isinstance(found, ListConfig)]
+    if lists and lists[0]._metadata.element_type is str:
+        texts = _TEXTS.get(str(error.full_key).partition("[")[0], [])
+        if value not in (None, ""):
+            return f"[{','.join([str(value), *texts[1:]])}]"
+        there = [] if lists[0]._is_none() or lists[0]._is_missing() else [str(text) for text in lists[0]]
+        return f"[{','.join(texts or there)}]"
     numbers: list[str] = re.findall(r"\d+(?:\.\d+)?", _typed(error.value))
     if len(numbers) < 2 and isinstance(former, ListConfig) and not former._is_none() and len(former):
         numbers = [str(value) for value in former]

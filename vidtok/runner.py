@@ -1,4 +1,4 @@
-"""The one home of Accelerate: devices, precision, the state of a run, stopping, resuming and logging of both training commands.
+"""Devices, precision, state, stopping, resuming and logging of a run, for both training commands, on top of Accelerate.
 
 with Runner(options, config, name="vidtok-train", best="validation_loss") as runner:
     if runner.is_finished:
@@ -95,7 +95,7 @@ class Runner:
         """Give back the folder, the signal handlers and the terminal; a folder is not kept of a start refused before its first step."""
         self._progress.close()
         self._interrupts.restore()
-        self._trackers.finish()
+        self._trackers.finish(is_failed=is_refused)
         if self._folder is not None:
             self._folder.close(is_refused)
 
@@ -103,6 +103,11 @@ class Runner:
     def device(self) -> torch.device:
         """Give the device of this process."""
         return self._accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        """Tell whether this is the one process that writes and shows."""
+        return self._folder is not None
 
     @property
     def step(self) -> int:
@@ -154,11 +159,13 @@ class Runner:
         """Put a model and its optimizer on the device, in every process; they belong to the checkpoints under `name`.
 
         Only the part called "model" is averaged (ema_decay), compiled and checkpointed (gradient_checkpointing). A second part
-        (a discriminator) is a second call.
+        (a discriminator) is a second call. With "model" the trackers open: one that refuses is a ValueError before any work.
         """
         is_main = name == "model"
         if is_main:
             ready_to_train(model, self.options)
+            if not self.is_finished:
+                on_main(lambda: self._trackers.start(self.step, self.say))
         model.train()
         wrapped, prepared = self._accelerator.prepare(model, optimizer)
         self._parts[name] = TrainedPart(name, model, prepared, self.options.lr, self.options.ema_decay if is_main else 0.0)
@@ -191,7 +198,6 @@ class Runner:
         if self._resume_from is not None:
             checkpoints.load_parts(self._resume_from, self._parts)
             self.say(f"Resuming {self.path} after step {self.step}.")
-        on_main(lambda: self._trackers.start(self.step, self.say))
         self._interrupts.catch()
         loader = StepLoader(dataset, self.options, self.device, self._accelerator.process_index, self._accelerator.num_processes)
         self._describe_clips = loader.describe

@@ -65,9 +65,9 @@ def test_rows_too_short_for_a_clip_are_named_and_counted(
 def test_every_clip_names_its_episode_and_the_episodes_behind_the_intervals_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([*write(tmp_path, [9, 7], "files"), "rollout_clips=3"])
+    main([*write(tmp_path, [9, 7], "files"), "rollout_clips=6", "batch_size=2"])  # more batches than one in every regime
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "out" / "metrics.json").read_text())
-    note = "intervals over 2 episodes: of fewer than 8 they are too narrow"
+    note = "intervals over 2 episodes: of fewer than 6 they are too narrow"
     assert printed.count(note) == 1 and figures["episodes_count"] == figures["free_running"]["episodes_count"] == 2
     assert (
         "6 clips of 2 episodes, teacher-forced: "

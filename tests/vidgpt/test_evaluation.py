@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +19,7 @@ from vidgpt import counts as counting
 from vidgpt.config import VidGPTConfig
 from vidgpt.evaluation import TokenReport, add_forced, evaluate_tokens, teacher_forced_scores
 from vidgpt.layout import TokenLayout
-from vidgpt.metrics import Baselines, TokenCounts
+from vidgpt.metrics import Baselines, RolloutMeter, TokenCounts, TokenMeter
 from vidgpt.model import VidGPTForCausalLM
 from vidgpt.pages import headline
 from vidgpt.regimes import ForcedFrames, temporally_forced
@@ -243,9 +246,38 @@ def test_clips_keep_the_episodes_that_they_were_cut_from_in_every_regime_whateve
         figures = report.metrics()
         assert (figures["clips_count"], figures["episodes_count"], figures["bootstrap"]["unit"]) == (6, 3, "episodes")
         assert (figures["free_running"]["clips_count"], figures["free_running"]["episodes_count"]) == (6, 3)
-        assert "intervals over 3 episodes: of fewer than 8 they are too narrow" in headline(report)
-    apart = evaluate_tokens(model, LAYOUT, [{name: batch[name] for name in ("indices", "actions")}], counts(batch), 2, None)
-    assert "intervals over 6 episodes" in apart.interval_note()
+        assert "intervals over 3 episodes: of fewer than 6 they are too narrow" in headline(report)
+    apart = evaluate_tokens(model, LAYOUT, [clips(12, count=5)], counts(batch), 2, None)
+    assert "intervals over 5 episodes" in apart.interval_note()
+
+
+@pytest.mark.parametrize(
+    ("forced", "rolled", "note"),
+    [
+        ([*range(10)], [*range(9)], ""),
+        ([*range(10)], [4], ""),
+        ([*range(10)], [0, 0, 1], "free-running, intervals over 2 episodes: of fewer than 6 they are too narrow"),
+        ([0, 1, 2], [0, 1, 2], "intervals over 3 episodes: of fewer than 6 they are too narrow"),
+        ([0, 1, 2], [0, 0], "intervals over 3 episodes: of fewer than 6 they are too narrow; free-running, no intervals: the 2 clips "
+         "are of one episode, and depend on each other"),
+    ],
+)  # fmt: skip
+def test_a_note_on_intervals_is_of_the_regimes_that_have_few_episodes(forced: list[int], rolled: list[int], note: str) -> None:
+    token_meter, rollout_meter = TokenMeter((1, 1)), RolloutMeter((1, 1))
+    for meter, episodes in ((token_meter, forced), (rollout_meter, rolled)):
+        ones = torch.ones(len(episodes), 1, 1, 1)
+        meter.sums.add(0, dict.fromkeys(meter.sums.fields, ones), torch.tensor(episodes))
+    report = TokenReport(len(forced), 1, {"model": token_meter}, {"model": rollout_meter})
+    assert report.interval_note() == note
+
+
+def test_tables_name_episodes_in_any_letters_whatever_the_locale(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib, vidgpt.token_report as r; r.write_csv(pathlib.Path(sys.argv[1]), [{'episode': 'caf\\xe9.mp4'}])"
+    )
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "table.csv")], env=os.environ | plain, check=True)
+    assert (tmp_path / "table.csv").read_text(encoding="utf-8") == "episode\ncafé.mp4\n"
 
 
 def test_without_counts_the_unigram_baselines_are_left_out() -> None:

@@ -1,5 +1,6 @@
 """Frozen and boiling rollouts are called so, others are not."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -59,7 +60,14 @@ def test_the_horizons_named_are_the_last_stretch_and_three_better_ones_end_a_str
     monitor = watched(generated, [real] * len(generated), clips=30)
     assert (monitor.state, monitor.first_horizon, monitor.last_horizon) == seen
     until = "on" if seen[2] is None else f"to {seen[2]}"
-    assert f"are {seen[0]} from horizon {seen[1]} {until}: " in str(monitor.warning())
+    where = "at horizon 6" if seen[1:] == (6, 6) else f"from horizon {seen[1]} {until}"
+    assert f"are {seen[0]} {where}: " in str(monitor.warning())
+    # The shares beside these horizons are theirs.
+    rows = meter_of(generated, [real] * len(generated), clips=30).by_frame()[seen[1] - 1 : seen[2]]
+    shares = [np.mean([row[f"changed_tokens_{name}_fraction"] for row in rows]) for name in ("generated", "real")]
+    assert f"{shares[0]:.1%} of the tokens a frame beside {shares[1]:.1%} (" in str(monitor.warning())
+    bits = [np.mean([row[f"frame_entropy_{name}_bits"] for row in rows]) for name in ("generated", "real")]
+    assert f"ids {bits[0]:.2f} bits beside {bits[1]:.2f})" in str(monitor.warning())
     assert monitor.states[seen[1] - 1] == seen[0]
 
 
@@ -78,7 +86,7 @@ def test_a_rollout_of_noise_boils_and_its_frames_have_more_entropy_than_calm_one
     meter.update(torch.randint(50, (8, 6, *GRID), generator=torch.Generator().manual_seed(0)), truth[:, 1:], truth[:, 0])
     seen = watch(meter)
     assert (seen.state, seen.first_horizon) == (BOILING, 1)
-    assert seen.generated_entropy_bits > 4 > 1 > seen.real_entropy_bits
+    assert seen.second_half.generated_entropy_bits > 4 > 1 > seen.second_half.real_entropy_bits
     assert "boiling from horizon 1 on" in str(seen.warning())
 
 
@@ -87,7 +95,7 @@ def test_beside_a_fifth_below_a_twentieth_is_frozen_and_above_a_half_boils(gener
     seen = watched([generated] * 6, [0.2] * 6, clips=60)
     assert seen.state == state
     assert (seen.warning() is None) == (state == STEADY)
-    odds = [share / (1 - share) for share in (seen.generated_fraction, seen.real_fraction)]
+    odds = [share / (1 - share) for share in (seen.second_half.generated_fraction, seen.second_half.real_fraction)]
     assert seen.odds_ratio == pytest.approx(odds[0] / odds[1], rel=0.02)
 
 
@@ -117,6 +125,14 @@ def test_the_warning_reaches_metrics_table_and_reader() -> None:
     assert "frozen" in str(report.monitor and report.monitor.warning())
     with pytest.raises(ValueError, match="no rollouts to watch"):
         watch(RolloutMeter(GRID))
+
+
+def test_the_figures_beside_the_state_are_of_the_second_half_where_it_is_judged() -> None:
+    generated = [0.02] * 5 + [0.9] * 2 + [0.02] * 3
+    meter = meter_of(generated, [0.02] * 10, clips=30)
+    figures, half = watch(meter).figures(), meter.by_frame()[5:]
+    for name in ("changed_tokens_real_fraction", "changed_tokens_generated_fraction", "frame_entropy_generated_bits"):
+        assert figures[name] == pytest.approx(np.mean([row[name] for row in half])), name
 
 
 def test_the_entropy_of_a_frame_is_that_of_the_histogram_of_its_ids() -> None:

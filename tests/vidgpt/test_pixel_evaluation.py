@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.vidgpt.conftest import clips as make_clips
 from tests.vidgpt.conftest import net
 from tests.vidtok.test_perceptual import backbone, heads
 from vidgpt.clip_frames import ClipFrames
-from vidgpt.clip_sums import Bootstrap, ClipPlace
+from vidgpt.clip_sums import Bootstrap, ClipPlace, lower_tail
 from vidgpt.compare import main as compare
 from vidgpt.evaluate import main
 from vidgpt.finetuning import config_for
@@ -307,12 +308,18 @@ def test_intervals_are_those_of_drawing_clips_again_and_clips_are_ranked_by_psnr
     assert report.clip_mean(MODEL, 2) == pytest.approx(values[2].mean())
 
     def bounds(clips: np.ndarray) -> list[float]:
-        return [float(end) for end in np.percentile([clips[rows].mean() for rows in drawn], [2.5, 97.5])]
+        return [float(end) for end in np.percentile([clips[rows].mean() for rows in drawn], [100 * tail, 100 - 100 * tail])]
 
+    tail = lower_tail(6)
     summary = report.summary[MODEL]
     assert [summary["psnr_db" + end] for end in (LOW, HIGH)] == pytest.approx(bounds(values.mean(1)), rel=1e-9)
     third = next(row for row in report.by_horizon if row["forecaster"] == MODEL and row["horizon_frames"] == 3)
     assert [third["psnr_db" + end] for end in (LOW, HIGH)] == pytest.approx(bounds(values[:, 2]), rel=1e-9)
+    # Clips of one episode are drawn together.
+    paired = replace(report, places=[ClipPlace(clip, 0, str(clip // 2)) for clip in range(6)])
+    episodes = torch.randint(3, (200, 3), generator=torch.Generator().manual_seed(7)).numpy()
+    tail, drawn = lower_tail(3), np.stack([2 * episodes, 2 * episodes + 1], axis=2).reshape(200, 6)
+    assert [paired.summary[MODEL]["psnr_db" + end] for end in (LOW, HIGH)] == pytest.approx(bounds(values.mean(1)), rel=1e-9)
     # A figure that the last horizon does not have is unknown there, not a number.
     last = next(row for row in report.by_horizon if row["forecaster"] == MODEL and row["horizon_frames"] == 4)
     assert last["flicker_second_difference_grey_levels_of_255"] is None

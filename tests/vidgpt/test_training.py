@@ -14,6 +14,7 @@ from vidgpt.config import VidGPTConfig
 from vidgpt.evaluate import main as evaluate
 from vidgpt.finetuning import config_for
 from vidgpt.model import VidGPTForCausalLM
+from vidgpt.options import TrainGPTOptions
 from vidgpt.rollout import stream_tokens
 from vidgpt.train import main as train_gpt
 from vidtok.card import Card
@@ -45,6 +46,11 @@ def write_tokens(folder: Path, card: Card, train: int = 4, validation: int = 2, 
             writer.add(TokenRow(source=f"clip-{number}", start=0.0, split=split, frames=frames, indices=indices, actions=actions))
         writer.finish()
     return folder
+
+
+def test_a_tracker_that_is_not_known_is_refused_before_any_work() -> None:
+    with pytest.raises(ValueError, match=r"^trackers=\[tensorbord\] names tensorbord, which is not known"):
+        TrainGPTOptions(tokens="tokens", trackers=["tensorbord"])
 
 
 def test_digits_are_the_tokenizers_codebooks_unless_a_user_says_otherwise() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from vidtok.bench import main as bench
 from vidtok.config import VidTokConfig
 from vidtok.data.options import DigitsOptions
 from vidtok.options import TrainTokenizerOptions
@@ -35,6 +37,34 @@ from vidtok.train import main
 def test_impossible_options_are_refused_by_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_options(options_from({"run_dir": "x", "max_steps": 1} | change))
+
+
+def test_a_tracker_that_is_not_known_is_refused_before_any_work() -> None:
+    with pytest.raises(ValueError, match=r"^trackers=\[tensorbord\] names tensorbord, which is not known"):
+        TrainTokenizerOptions(trackers=["tensorbord"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "advice"),
+    [
+        ("trackers=wandb", "trackers=wandb: expected a list, for example trackers=[wandb]"),
+        ("trackers=''", "trackers=: expected a list, for example trackers=[tensorboard]"),
+        ("trackers={a:1}", "trackers: expected a list, for example trackers=[tensorboard]"),
+        ("trackers=a,b", "trackers=a,b: a list is written trackers=[a,b], and a text with a comma needs quotes"),
+    ],
+)
+def test_whoever_forgets_the_brackets_of_trackers_is_told_what_is_allowed(
+    typed: str, advice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["data=digits", f"run_dir={tmp_path / 'a'}", typed])
+    assert capsys.readouterr().err == f"vidtok-train: {advice}\n"
+
+
+def test_the_example_of_a_list_with_a_default_is_that_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench([f"checkpoint={tmp_path}", "compare=''"])
+    assert capsys.readouterr().err == "vidtok-bench: compare=: expected a list, for example compare=[precision,channels_last]\n"
 
 
 def test_options_survive_omegaconf() -> None:

@@ -27,7 +27,7 @@ class Tracker(Protocol):
 
     def log_picture(self, name: str, picture: np.ndarray, step: int) -> None: ...
 
-    def finish(self) -> None: ...
+    def finish(self, is_failed: bool) -> None: ...
 
 
 class Trackers:
@@ -62,10 +62,10 @@ class Trackers:
         for tracker in self._started:
             tracker.log_picture(name, picture, step)
 
-    def finish(self) -> None:
-        """Write and send what is left, and close."""
+    def finish(self, is_failed: bool = False) -> None:
+        """Write and send what is left, and close. is_failed: an error or a signal ended the run, which W&B then says too."""
         while self._started:
-            self._started.pop().finish()
+            self._started.pop().finish(is_failed)
 
 
 class _TensorBoard:
@@ -85,7 +85,7 @@ class _TensorBoard:
     def log_picture(self, name: str, picture: np.ndarray, step: int) -> None:
         self._tracker.log_images({name: picture[None]}, step=step, dataformats="NHWC")
 
-    def finish(self) -> None:
+    def finish(self, is_failed: bool) -> None:
         self._tracker.finish()
 
 
@@ -113,14 +113,14 @@ class _WandB:
         )
         try:
             self._tracker.start()
+            self._tracker.store_init_configuration(dict(config))
+            self._tracker.run.define_metric("*", step_metric="step")
         except wandb.Error as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"W&B does not start ({reason}): log in with `wandb login`, set WANDB_MODE=offline, or leave wandb out of trackers."
             ) from error
-        self._tracker.store_init_configuration(dict(config))
         run = self._tracker.run
-        run.define_metric("*", step_metric="step")
         if run.resumed and (last := run.summary.get("step")) is not None:
             # What a kill kept from its server; offline there is nobody to ask, and a kill costs what W&B had not yet written.
             self._sent = {name: min(sent, int(last)) for name, sent in self._sent.items()}
@@ -136,8 +136,8 @@ class _WandB:
             self._tracker.log({"step": step}, commit=False)
             self._tracker.log_images({name: [picture]})
 
-    def finish(self) -> None:
-        self._tracker.finish()
+    def finish(self, is_failed: bool) -> None:
+        self._tracker.run.finish(exit_code=int(is_failed))
 
     def _take(self, names: Sequence[str], step: int) -> list[str]:
         """Give which of the names W&B has not had at this step, and note that it has."""

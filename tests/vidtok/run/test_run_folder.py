@@ -67,13 +67,13 @@ def test_a_new_folder_and_one_of_a_start_killed_at_once_are_taken(tmp_path: Path
     assert (tmp_path / "not" / "there" / "yet" / "run.json").is_file()
 
 
-@pytest.mark.parametrize("made", ["runs/mine/a", "a"])
-def test_a_refused_start_leaves_no_folder_that_it_made(tmp_path: Path, made: str) -> None:
+@pytest.mark.parametrize(("made", "tracker"), [("runs/mine/a", "tensorboard"), ("a", "wandb")])
+def test_a_refused_start_leaves_no_folder_that_it_made(tmp_path: Path, made: str, tracker: str) -> None:
     folder = RunFolder(tmp_path / made, {"lr": 0.1}, "vidtok-train")
     folder.first_value("data", "x")
     (folder.path / "rejects.csv").write_text("source,reason\n")
-    (folder.path / "tensorboard").mkdir()
-    (folder.path / "tensorboard" / "events").write_text("")
+    (folder.path / tracker).mkdir()
+    (folder.path / tracker / "events").write_text("")
     folder.close(is_refused=True)
     folder.close(is_refused=True)
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -27,68 +26,6 @@ from vidtok import run_options
 from vidtok.run.trackers import Trackers
 from vidtok.run_options import RunOptions, check_options
 from vidtok.runner import Runner, build_optimizer
-
-# What W&B's package does here, line by line into a file; no network, no account.
-FAKE_WANDB = """
-import json, os
-
-class Error(Exception):
-    pass
-
-class Image:
-    def __init__(self, data):
-        self.shape = list(data.shape)
-
-class Config:
-    def update(self, values, allow_val_change=False):
-        assert allow_val_change
-        write("config", {"values": values})
-
-config = Config()
-
-def write(what, values):
-    with open(os.environ["FAKE_WANDB"], "a") as file:
-        file.write(json.dumps({"what": what, "pid": os.getpid(), **values}, default=lambda image: image.shape) + "\\n")
-
-class Run:
-    def __init__(self):
-        lines = [json.loads(line) for line in open(os.environ["FAKE_WANDB"])] if os.environ.get("FAKE_WANDB_ONLINE") else []
-        rows = [line["row"] for line in lines if line["what"] == "row"]
-        self.row, self.resumed, self.summary = {}, bool(rows), rows[-1] if rows else {}
-    def define_metric(self, name, step_metric=None):
-        write("define", {"name": name, "step_metric": step_metric})
-    def log(self, values, step=None, commit=None):
-        assert step is None, "W&B drops what comes at a lower step of its own"
-        self.row |= values
-        if commit is not False:
-            write("row", {"row": self.row})
-            self.row = {}
-    def finish(self):
-        write("finish", {})
-
-def init(**given):
-    if os.environ.get("FAKE_WANDB_REFUSES"):
-        raise Error("api_key not configured (no-tty)\\nsecond line")
-    run = Run()
-    write("init", {"given": given})
-    return run
-"""
-
-
-@pytest.fixture
-def wandb_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Put a stand-in for wandb first on the path, here and in child processes; gives the file that it writes."""
-    (tmp_path / "fake" / "wandb").mkdir(parents=True)
-    (tmp_path / "fake" / "wandb" / "__init__.py").write_text(FAKE_WANDB)
-    monkeypatch.syspath_prepend(tmp_path / "fake")
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    monkeypatch.setenv("FAKE_WANDB", str(tmp_path / "wandb.jsonl"))
-    (tmp_path / "wandb.jsonl").touch()
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "fake"), str(Path(__file__).parents[3])]))
-    for name in ("WANDB_PROJECT", "WANDB_NAME"):
-        monkeypatch.delenv(name, raising=False)
-    yield tmp_path / "wandb.jsonl"
-    sys.modules.pop("wandb", None)
 
 
 def told(file: Path, what: str) -> list[dict[str, Any]]:
@@ -192,11 +129,15 @@ def test_every_tracker_gets_figures_and_pictures_of_every_step(tmp_path: Path, w
     (start,) = told(wandb_file, "init")
     given = start["given"]
     assert (given["project"], given["name"], given["resume"]) == ("test", "mine", "allow")
-    assert given["dir"] == str(tmp_path / "mine") and len(told(wandb_file, "finish")) == 1
+    assert given["dir"] == str(tmp_path / "mine")
+    assert [line["exit_code"] for line in told(wandb_file, "finish")] == [0]
     assert told(wandb_file, "config")[0]["values"]["batch_size"] == 4
     assert sorted(path.name for path in (tmp_path / "mine" / "samples").iterdir()) == [
         f"step_00000{n}.png" for n in (2, 4, 6, 8, 9)
     ]
+    # A finished run has nothing to tell.
+    train(tmp_path / "mine", ["tensorboard", "wandb"])
+    assert len(told(wandb_file, "init")) == 1
 
 
 def test_a_killed_run_goes_on_in_the_same_places_without_a_step_twice(
@@ -302,13 +243,60 @@ def _find_spec_without_wandb(package: str, folder: Path) -> Any:
     return PathFinder.find_spec(package, [str(folder)] if package == "wandb" else None)
 
 
+@pytest.mark.parametrize(
+    ("refused", "reason"), [("init", r"api_key not configured \(no-tty\)"), ("config", "config is not serializable")]
+)
 def test_what_wandb_refuses_is_one_sentence_and_leaves_nothing(
-    tmp_path: Path, wandb_file: Path, monkeypatch: pytest.MonkeyPatch
+    refused: str, reason: str, tmp_path: Path, wandb_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FAKE_WANDB_REFUSES", "1")
-    with pytest.raises(ValueError, match=r"^W&B does not start \(api_key not configured \(no-tty\)\): log in with") as caught:
+    monkeypatch.setenv("FAKE_WANDB_REFUSES", refused)
+    with pytest.raises(ValueError, match=rf"^W&B does not start \({reason}\): log in with") as caught:
         train(tmp_path / "run", ["wandb"])
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_wandb_refuses_before_anything_is_computed(tmp_path: Path, wandb_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_WANDB_REFUSES", "init")
+    options, model = RunOptions(run_dir=str(tmp_path / "run"), max_steps=1, trackers=["wandb"]), nn.Linear(3, 3)
+    with Runner(options, {}, "test") as runner, pytest.raises(ValueError, match=r"^W&B does not start"):
+        runner.prepare(model, build_optimizer(model, options))
+
+
+def test_wandb_is_told_of_a_training_that_failed(tmp_path: Path, wandb_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Runner, *_: Any) -> None:
+        raise ValueError("no step")
+
+    monkeypatch.setattr(Runner, "update", fail)
+    with pytest.raises(ValueError, match="no step"):
+        train(tmp_path / "run", ["tensorboard", "wandb"])
+    assert [line["exit_code"] for line in told(wandb_file, "finish")] == [1]
+
+
+class Clock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 1000.5
+
+    def time(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("process", "later"), [(os.getpid() + 1, True), (os.getpid(), False)])
+def test_a_start_in_the_second_of_another_process_waits_so_that_its_events_come_later(
+    process: int, later: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("vidtok.run.trackers.time", clock)
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / f"events.out.tfevents.1000.host.{process}.0").touch()
+    trackers = Trackers(["tensorboard"], tmp_path, "test", {})
+    trackers.start(0, print)
+    trackers.finish()
+    assert (clock.now >= 1001) == later
 
 
 @pytest.mark.slow
