@@ -91,7 +91,8 @@ def _is_list(key: str) -> bool:
 def _node_of(config: Any, key: str) -> Any:
     """Give the node of a dotted key, also of a value that is null or missing; None where there is none."""
     for name in key.split("."):
-        config = config._get_node(name) if isinstance(config, DictConfig) and not config._is_none() else None
+        is_group = isinstance(config, DictConfig) and not config._is_none()
+        config = config._get_node(name, validate_access=False) if is_group else None
     return config
 
 
