@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -44,8 +44,13 @@ class ClipPlace:
 
 def number_episodes(places: Sequence[ClipPlace]) -> list[int]:
     """Give the number of the episode of each clip, 0 the first that comes."""
-    numbers = {episode: number for number, episode in enumerate(dict.fromkeys(place.episode for place in places))}
-    return [numbers[place.episode] for place in places]
+    return number_values([place.episode for place in places])
+
+
+def number_values(values: Sequence[Hashable]) -> list[int]:
+    """Give equal values one number: 0, 1, ... in the order they come."""
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    return [numbers[value] for value in values]
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Bootstrap:
         """
         if len(set(episodes)) < 2:
             return None
-        number, drawn = _number(episodes), figure(_draws(tuple(episodes), self.resamples, self.seed))
+        number, drawn = number_values(episodes), figure(_draws(tuple(episodes), self.resamples, self.seed))
         counts = known.new_zeros((max(number) + 1, *known.shape[1:]), dtype=torch.long)
         counts = counts.index_add(0, torch.tensor(number), known.long()).sign().sum(0)
         low, high = (torch.full(counts.shape, math.nan, dtype=torch.float64) for _ in range(2))
@@ -95,17 +100,11 @@ class Bootstrap:
 @lru_cache(maxsize=8)
 def _draws(episodes: tuple[int, ...], resamples: int, seed: int) -> Tensor:
     """Give how often each clip stands in each resample: (R, clips), as often as its episode was drawn."""
-    number = _number(episodes)
+    number = number_values(episodes)
     count = max(number) + 1
     drawn = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
     times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
     return times[:, number]
-
-
-def _number(episodes: Sequence[int]) -> list[int]:
-    """Number episodes 0, 1, ... in the order they come."""
-    number = {episode: place for place, episode in enumerate(dict.fromkeys(episodes))}
-    return [number[episode] for episode in episodes]
 
 
 def lower_tail(episodes: int) -> float:

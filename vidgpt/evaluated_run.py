@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vidgpt.clip_sums import number_values
 from vidtok.page_parts import leaves
 
 CLIP_FILE = "by_clip.csv"
@@ -113,8 +114,7 @@ def episode_numbers(runs: Sequence[EvaluatedRun]) -> dict[int, int]:
                 )
     rows = sorted({row for run in runs for forecasts in run.clips.values() for clips in forecasts.values() for row, _ in clips})
     names: list[str | int] = [known[row][0] if row in known else row for row in rows]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return {row: numbers[name] for row, name in zip(rows, names, strict=True)}
+    return dict(zip(rows, number_values(names), strict=True))
 
 
 def _has(protocol: Mapping[str, Any], part: str) -> bool:

@@ -45,9 +45,7 @@ def train_gpt(options: TrainGPTOptions, model: Mapping[str, Any], config: Mappin
         model_config, layout = gpt.config, gpt.model.layout
         clips = TokenDataset(options.tokens, "train", model_config.window)
         held_out = _held_out(runner, options, model_config)
-        # Only the main process draws.
-        is_drawn = held_out is not None and runner.is_main and not runner.is_finished
-        decoder = load_decoder(options.tokens, runner.device, runner.say) if is_drawn else None
+        decoder = _load_decoder(runner, options) if held_out is not None else None
         network, optimizer = runner.prepare(gpt, build_optimizer(gpt, options))
         if not runner.is_finished:
             _report(runner, network, optimizer, layout, model_config, options, clips, held_out)
@@ -63,10 +61,8 @@ def train_gpt(options: TrainGPTOptions, model: Mapping[str, Any], config: Mappin
                 found = model(**vars(given), draft_labels=drafts)
             else:
                 found = model(read, labels=labels, draft_labels=drafts)
-            if found.draft_loss is None:
-                return found.loss, {}
-            if options.train_only:
-                return found.draft_loss, {}
+            if found.draft_loss is None or options.train_only:
+                return found.loss if found.draft_loss is None else found.draft_loss, {}
             return found.loss + found.draft_loss, {"loss": found.loss, "draft_loss": found.draft_loss}
 
         def evaluate() -> dict[str, float]:
@@ -133,6 +129,11 @@ def evaluate_gpt(
         share, found["validation_diagonal_loss"] = options.diagonal.share, _diagonal_loss(runner, model, layout, clips, options)
         found[_deciding(options)] = (1 - share) * found["validation_loss"] + share * found["validation_diagonal_loss"]
     return found
+
+
+def _load_decoder(runner: Runner, options: TrainGPTOptions) -> VidTokModel | None:
+    # Only the main process draws.
+    return load_decoder(options.tokens, runner.device, runner.say) if runner.is_main and not runner.is_finished else None
 
 
 def _show_picture(
